@@ -1,0 +1,283 @@
+"""What a model is: frozen specs read from a checkpoint's own config files, and the catalogue of known models.
+
+Numerics ask a spec and never compare names. A checkpoint of any size in the diffusers layout is understood;
+the catalogue only gives familiar sizes a name (`model.name`) and lets a wrong folder be refused early.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flux2_relay.cache.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerSpec:
+    """Sizes of one FLUX.2 transformer (diffusers `Flux2Transformer2DModel`)."""
+
+    double_blocks: int
+    single_blocks: int
+    heads: int
+    head_dim: int
+    context_width: int
+    guidance: bool  # guidance-distilled: takes a guidance embedding
+    channels: int = 128
+    mlp_ratio: float = 3.0
+    time_channels: int = 256
+    rope_axes: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: float = 2000.0
+    eps: float = 1e-6
+
+    @property
+    def hidden(self) -> int:
+        """Width D of the residual stream."""
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Width M of one half of the gated MLP."""
+        return int(self.hidden * self.mlp_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSpec:
+    """Sizes of the language model that reads captions, and which of its layers are kept."""
+
+    family: str  # a key of stages.encode.templates.FAMILIES
+    layers: int
+    hidden: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    rope_theta: float
+    eps: float
+    taps: tuple[int, ...]
+    length: int  # rows of the context, pads included
+
+    @property
+    def context_width(self) -> int:
+        """Channels C of the context: the taps side by side."""
+        return self.hidden * len(self.taps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeSpec:
+    """Sizes of the image autoencoder (diffusers `AutoencoderKLFlux2`)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    batch_norm_eps: float = 1e-4
+    patch: tuple[int, int] = (2, 2)
+    attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The three parts of one model, and whether it was distilled to few steps (then it takes no negative prompt)."""
+
+    name: str
+    transformer: TransformerSpec
+    text: TextSpec
+    vae: VaeSpec
+    distilled: bool
+
+
+def _klein(hidden_heads: int, double: int, single: int, context: int) -> TransformerSpec:
+    return TransformerSpec(
+        double_blocks=double, single_blocks=single, heads=hidden_heads, head_dim=128, context_width=context, guidance=False
+    )
+
+
+DEV = TransformerSpec(double_blocks=8, single_blocks=48, heads=48, head_dim=128, context_width=15360, guidance=True)
+CATALOGUE: Mapping[str, tuple[TransformerSpec, bool]] = {
+    "dev": (DEV, False),
+    "klein-4b": (_klein(24, 5, 20, 7680), True),
+    "klein-9b": (_klein(32, 8, 24, 12288), True),
+    "klein-base-4b": (_klein(24, 5, 20, 7680), False),
+    "klein-base-9b": (_klein(32, 8, 24, 12288), False),
+}
+"""Known models: the transformer's spec, and whether the model is distilled."""
+
+
+def from_checkpoint(model_dir: Path | str) -> ModelSpec:
+    """The specs of a checkpoint folder in the diffusers layout; InputError names every file and key that is wrong."""
+    folder = Path(model_dir).expanduser()
+    transformer, distilled = read_transformer_spec(folder), read_distilled(folder)
+    text = read_text_spec(folder)
+    if text.context_width != transformer.context_width:
+        raise InputError(
+            f"{folder}: the text encoder gives {text.context_width} channels ({len(text.taps)} taps x {text.hidden}), "
+            f"but the transformer takes {transformer.context_width}: the folder mixes two models"
+        )
+    return ModelSpec(
+        name=known_name(transformer, distilled) or folder.name,
+        transformer=transformer,
+        text=text,
+        vae=read_vae_spec(folder),
+        distilled=distilled,
+    )
+
+
+def known_name(transformer: TransformerSpec, distilled: bool) -> str | None:
+    """The catalogue's name of a model of this size, None for a size that it does not list."""
+    return next((name for name, entry in CATALOGUE.items() if entry == (transformer, distilled)), None)
+
+
+def check_name(name: str, transformer: TransformerSpec, distilled: bool, folder: Path) -> None:
+    """Refuse a checkpoint that is not the model the config names (`auto` takes any)."""
+    if name == "auto" or (transformer, distilled) == CATALOGUE[name]:
+        return
+    found = known_name(transformer, distilled) or (
+        f"a model of {transformer.double_blocks} + {transformer.single_blocks} blocks, width {transformer.hidden}"
+    )
+    raise InputError(f"model.name is '{name}', but {folder} holds {found}; correct model.path, or say model.name: auto")
+
+
+def read_transformer_spec(model_dir: Path) -> TransformerSpec:
+    """The spec of `transformer/config.json`."""
+    config = _Config(Path(model_dir) / "transformer" / "config.json")
+    spec = TransformerSpec(
+        double_blocks=config.integer("num_layers", 8),
+        single_blocks=config.integer("num_single_layers", 48),
+        heads=config.integer("num_attention_heads", 48),
+        head_dim=config.integer("attention_head_dim", 128),
+        context_width=config.integer("joint_attention_dim", 15360),
+        guidance=bool(config.get("guidance_embeds", True)),
+        channels=config.integer("in_channels", 128),
+        mlp_ratio=float(config.get("mlp_ratio", 3.0)),
+        time_channels=config.integer("timestep_guidance_channels", 256),
+        rope_axes=tuple(config.get("axes_dims_rope", (32, 32, 32, 32))),
+        rope_theta=float(config.get("rope_theta", 2000)),
+        eps=float(config.get("eps", 1e-6)),
+    )
+    if sum(spec.rope_axes) != spec.head_dim or any(axis % 2 for axis in spec.rope_axes):
+        config.fail(f"axes_dims_rope {list(spec.rope_axes)} must be even and add up to attention_head_dim {spec.head_dim}")
+    if config.get("out_channels", None) not in (None, spec.channels) or config.get("patch_size", 1) != 1:
+        config.fail("out_channels must equal in_channels and patch_size must be 1, as in every FLUX.2")
+    return spec
+
+
+def read_distilled(model_dir: Path) -> bool:
+    """Whether `model_index.json` says `is_distilled`; a folder without that file or key is not distilled."""
+    path = Path(model_dir) / "model_index.json"
+    return path.is_file() and bool(_Config(path).get("is_distilled", False))
+
+
+_FAMILIES = {"mistral": ("mistral", (10, 20, 30)), "qwen3": ("qwen3", (9, 18, 27))}
+"""`model_type` of the language model -> family, and the taps that the family's pipelines keep."""
+
+
+def read_text_spec(model_dir: Path, folder: str = "text_encoder") -> TextSpec:
+    """The spec of `text_encoder/config.json`; `flux2_text_length` and `flux2_taps` there replace the family's own."""
+    outer = _Config(Path(model_dir) / folder / "config.json")
+    config = outer.inner("text_config")
+    model_type = config.get("model_type", None)
+    if model_type not in _FAMILIES:
+        config.fail(f"model_type is {model_type!r}; FLUX.2 reads its captions with one of {sorted(_FAMILIES)}")
+    family, taps = _FAMILIES[model_type]
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    spec = TextSpec(
+        family=family,
+        layers=config.integer("num_hidden_layers"),
+        hidden=hidden,
+        mlp_width=config.integer("intermediate_size"),
+        heads=heads,
+        kv_heads=config.integer("num_key_value_heads", heads),
+        head_dim=config.integer("head_dim", hidden // heads),
+        vocabulary=config.integer("vocab_size"),
+        rope_theta=_rope_theta(config),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        taps=tuple(outer.get("flux2_taps", taps)),
+        length=int(outer.get("flux2_text_length", 512)),
+    )
+    if not spec.taps or sorted(set(spec.taps)) != list(spec.taps) or not 0 < spec.taps[0] <= spec.taps[-1] < spec.layers:
+        # The last layer's output is no tap: transformers normalises it before it hands it out.
+        config.fail(f"taps {list(spec.taps)} must rise and lie between 1 and {spec.layers - 1} (layers - 1)")
+    return spec
+
+
+def _rope_theta(config: "_Config") -> float:
+    """The rotary base, from either place where transformers has kept it (4: `rope_theta`; 5: `rope_parameters`)."""
+    parameters = config.get("rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind != "default" or config.get("rope_scaling", None):
+        config.fail("rotary scaling is set, which no FLUX.2 text encoder has")
+    theta = parameters.get("rope_theta", config.get("rope_theta", None))
+    if theta is None:
+        config.fail("neither rope_theta nor rope_parameters.rope_theta is there")
+    return float(theta)
+
+
+def read_vae_spec(model_dir: Path) -> VaeSpec:
+    """The spec of `vae/config.json`."""
+    config = _Config(Path(model_dir) / "vae" / "config.json")
+    decoder = config.get("decoder_block_out_channels", None)
+    spec = VaeSpec(
+        in_channels=config.integer("in_channels", 3),
+        out_channels=config.integer("out_channels", 3),
+        latent_channels=config.integer("latent_channels", 32),
+        block_out_channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
+        decoder_block_out_channels=tuple(decoder) if decoder else None,
+        layers_per_block=config.integer("layers_per_block", 2),
+        norm_num_groups=config.integer("norm_num_groups", 32),
+        batch_norm_eps=float(config.get("batch_norm_eps", 1e-4)),
+        patch=tuple(config.get("patch_size", (2, 2))),
+        attention=bool(config.get("mid_block_add_attention", True)),
+        quant_conv=bool(config.get("use_quant_conv", True)),
+        post_quant_conv=bool(config.get("use_post_quant_conv", True)),
+    )
+    if config.get("act_fn", "silu") != "silu":
+        config.fail(f"act_fn is {config.get('act_fn', None)!r}; FLUX.2's autoencoder uses silu")
+    if config.get("_class_name", "AutoencoderKLFlux2") != "AutoencoderKLFlux2":
+        config.fail(f"holds a {config.get('_class_name', None)}, not an AutoencoderKLFlux2: the VAE of another model")
+    return spec
+
+
+
+class _Config:
+    """One config.json whose every complaint names the file and the key."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.values: Mapping[str, Any] = self._load() if values is None else values
+
+    def _load(self) -> Mapping[str, Any]:
+        try:
+            values = json.loads(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such file; model.path must be a FLUX.2 folder in the diffusers layout") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: cannot be read as JSON ({error}); download it again") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{self.path}: holds no JSON object; download it again")
+        return values
+
+    def fail(self, what: str) -> NoReturn:
+        raise InputError(f"{self.path}: {what}")
+
+    def get(self, key: str, default: Any) -> Any:  # noqa: ANN401 - JSON values have any type
+        return self.values.get(key, default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if value is None:  # e.g. a null head_dim means "the default"
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{self.path}: {key} must be a whole number from 1, found {value!r}")
+        return value
+
+    def inner(self, key: str) -> "_Config":
+        """The nested config under `key` where there is one (multimodal models keep their language model there)."""
+        nested = self.values.get(key)
+        return _Config(self.path, nested) if isinstance(nested, dict) else self
