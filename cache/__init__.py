@@ -1,0 +1,18 @@
+"""The room of the store: code; the store itself is wherever `cache.path` points.
+
+It keeps arrays under keys and knows neither models nor images. Read in this order:
+    errors.py    the errors of the house
+    keys.py      what an entry depends on, hashed
+    encoding.py  an entry as the two files of a Zarr v3 array
+    durable.py   bytes first, name last: write, fsync, rename
+    sets.py      what one config needs, as one record
+    store.py     open, publish, read, remove
+    writer.py    publishing behind a short queue
+    audit.py     verify, gc, stats
+    explain.py   why an entry does not fit
+"""
+
+from flux2_relay.cache.encoding import Entry
+from flux2_relay.cache.store import Store, open
+
+__all__ = ["Entry", "Store", "open"]

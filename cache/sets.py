@@ -1,0 +1,91 @@
+"""A set: the list of entries that one config needs, and the only thing training has to be told.
+
+It is the progress record of encoding, the pin against `gc`, and the input of training, in one group.
+Its body is `{name, request, identities, shared: {empty, prefix, pad}, samples, prompts}`; its key hashes it.
+    sample  {id, text: [key], latents: [{key, h, w, references: [key], mask: key | null}], repeats, prior}
+    prompt  {text, negative, references: [key], size, seed}        text and negative are keys too
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flux2_relay.cache.encoding import Damage, build_group, parse_object, plain
+from flux2_relay.cache.errors import InputError
+from flux2_relay.cache.keys import key_of
+
+_QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetRecord:
+    """One set as it stands in the store."""
+
+    key: str
+    body: Mapping[str, Any]
+    """name, request, identities, shared, samples, prompts: all that the key is the hash of."""
+    made: Mapping[str, Any]
+    """When and by what it was published last; told, never hashed."""
+
+    @property
+    def name(self) -> str:
+        """The name the user knows it by."""
+        return str(self.body.get("name", ""))
+
+    @property
+    def at(self) -> str:
+        """When it was published last: UTC in ISO 8601, so that the order of text is that of time."""
+        return str(self.made.get("at", ""))
+
+
+def build_set(body: Mapping[str, object], made: Mapping[str, object]) -> tuple[str, bytes]:
+    """Encode a set -> its key and its zarr.json."""
+    if "made" in body:
+        raise InputError("a set's body has no 'made' of its own: give it apart, it is not hashed")
+    return key_of(body), build_group({**body, "made": plain(made)})
+
+
+def parse_set(zarr_json: bytes, key: str) -> SetRecord:
+    """Decode a set: zarr.json -> SetRecord, or Damage when its name is not the hash of its body."""
+    metadata = parse_object(zarr_json)
+    body = dict(metadata.get("attributes", {}))
+    made = body.pop("made", None)
+    if metadata.get("node_type") != "group" or not isinstance(made, dict):
+        raise Damage("its zarr.json does not describe a set")
+    try:
+        name = key_of(body)
+    except (TypeError, InputError) as error:
+        raise Damage(f"its body cannot be hashed ({error})") from error
+    if name != key:
+        raise Damage(f"its body hashes to {name}")
+    return SetRecord(key=key, body=body, made=made)
+
+
+def needs(body: Mapping[str, Any]) -> dict[str, list[str]]:
+    """List every entry that a set needs -> keys by kind, each once, in order of first mention."""
+    found: dict[str, dict[str, None]] = {"text": {}, "latents": {}, "masks": {}}
+    for kind, key in _mentions(body):
+        if key is not None:
+            found[kind][key] = None
+    return {kind: list(keys) for kind, keys in found.items()}
+
+
+def pinned(zarr_json: bytes) -> set[str]:
+    """Find whatever looks like a key in a set's zarr.json; what a set so much as mentions, `gc` spares."""
+    return {match.decode() for match in _QUOTED_KEY.findall(zarr_json)}
+
+
+def _mentions(body: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    for key in (body.get("shared") or {}).values():
+        yield "text", key
+    for sample in body.get("samples", ()):
+        yield from (("text", key) for key in sample.get("text", ()))
+        for latents in sample.get("latents", ()):
+            yield "latents", latents["key"]
+            yield from (("latents", key) for key in latents.get("references", ()))
+            yield "masks", latents.get("mask")
+    for prompt in body.get("prompts", ()):
+        yield "text", prompt.get("text")
+        yield "text", prompt.get("negative")
+        yield from (("latents", key) for key in prompt.get("references", ()))
