@@ -1,0 +1,220 @@
+"""The FLUX.2 transformer: its weights in memory, and the forward pass that strings the blocks together.
+
+Letters: B batch, L image tokens, T text tokens, C context channels, D hidden.
+Source: diffusers `Flux2Transformer2DModel`. Sigma, guidance and the features of both stay float32 up to the first
+product (diffusers rounds them to the model's dtype first, which moves 1000 * sigma by up to 4 in bfloat16).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from flux2_relay.stages import quantize
+from flux2_relay.stages.quantize import Weight, product
+from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.train import blocks
+from flux2_relay.stages.train.blocks import Adapters, Rotary, Weights
+from flux2_relay.stages.weights import Tensors, open_tensors
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """What sigma and guidance make of every block of a kind: `image` and `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
+
+    image: mx.array
+    text: mx.array
+    single: mx.array
+    final: mx.array
+
+
+@dataclass(slots=True)
+class Transformer:
+    """One transformer with its adapters; call it for a velocity."""
+
+    spec: TransformerSpec
+    dtype: mx.Dtype
+    outer: Weights
+    double: list[Weights]
+    single: list[Weights]
+    adapters: dict[str, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
+    """Full module path -> (A, B, scale); filled by `lora.attach`."""
+    compiled: dict[str, Callable[..., object]] = field(default_factory=dict)
+    """One compiled function per kind of block and direction."""
+
+    def __call__(
+        self,
+        latents: mx.array,
+        context: mx.array,
+        sigma: mx.array,
+        guidance: mx.array | None,
+        latent_ids: mx.array,
+        text_ids: mx.array,
+    ) -> mx.array:  # noqa: PLR0913 - the contract's six inputs
+        """Velocity [B, L, 128] at `sigma` [B] in [0, 1].
+
+        latents [B, L, 128], context [B, T, C], guidance [B] or None, latent_ids [L, 4], text_ids [T, 4]. Reference
+        tokens follow the target's in `latents` and `latent_ids`; their rows of the result mean nothing.
+        """
+        modulation = self.modulation(sigma, guidance)
+        rotary = self.rotary(latent_ids, text_ids)
+        image, text = self.embed(latents, context)
+        for index in range(self.spec.double_blocks):
+            image, text = self.run_double(index, (image, text), modulation, rotary)
+        hidden = mx.concatenate([text, image], axis=1)
+        for index in range(self.spec.single_blocks):
+            hidden = self.run_single(index, hidden, modulation, rotary)
+        return blocks.output(hidden[:, context.shape[1] :], modulation.final, self.outer, self.spec.eps)
+
+    def run_double(
+        self, index: int, streams: tuple[mx.array, mx.array], modulation: Modulation, rotary: Rotary
+    ) -> tuple[mx.array, mx.array]:
+        """Double block `index`: image [B, L, D] and text [B, T, D] -> the same."""
+        of_block = (modulation.image, modulation.text)
+        return blocks.double_block(self.double[index], self.adapters_of(DOUBLE, index), streams, of_block, rotary, self.spec)
+
+    def run_single(self, index: int, hidden: mx.array, modulation: Modulation, rotary: Rotary) -> mx.array:
+        """Single block `index`: [B, T + L, D] -> the same."""
+        adapters = self.adapters_of(SINGLE, index)
+        return blocks.single_block(self.single[index], adapters, hidden, modulation.single, rotary, self.spec)
+
+    def adapters_of(self, kind: str, index: int) -> Adapters:
+        """The adapters of one block, by their linear's name inside the block."""
+        prefix = f"{kind}.{index}."
+        return {name.removeprefix(prefix): value for name, value in self.adapters.items() if name.startswith(prefix)}
+
+    def embed(self, latents: mx.array, context: mx.array) -> tuple[mx.array, mx.array]:
+        """latents [B, L, 128] and context [B, T, C] -> image [B, L, D] and text [B, T, D], in the compute dtype."""
+        image = product(latents.astype(self.dtype), self.outer["x_embedder"])
+        return image, product(context.astype(self.dtype), self.outer["context_embedder"])
+
+    def modulation(self, sigma: mx.array, guidance: mx.array | None) -> Modulation:
+        """Shifts, scales and gates of all blocks at sigma [B] and, for guidance-distilled models, guidance [B]."""
+        condition = self._time_embedding(sigma, "timestep_embedder")
+        if self.spec.guidance and guidance is not None:
+            condition = condition + self._time_embedding(guidance, "guidance_embedder")
+        condition = nn.silu(condition)
+        names = "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"
+        return Modulation(*(product(condition, self.outer[f"{name}.linear"]) for name in names))
+
+    def _time_embedding(self, value: mx.array, name: str) -> mx.array:
+        thousands = np.asarray(value.astype(mx.float32)) * np.float32(1000)
+        features = mx.array(blocks.time_features(thousands, self.spec.time_channels)).astype(self.dtype)
+        linear_1, linear_2 = (self.outer[f"time_guidance_embed.{name}.linear_{n}"] for n in (1, 2))
+        return product(nn.silu(product(features, linear_1)), linear_2)
+
+    def rotary(self, latent_ids: mx.array, text_ids: mx.array) -> Rotary:
+        """The rotary tables of a sequence: text rows first, then image rows."""
+        return blocks.rotary_tables(np.concatenate([np.asarray(text_ids), np.asarray(latent_ids)]), self.spec)
+
+
+def text_ids(rows: int) -> mx.array:
+    """Position ids [rows, 4] of text rows: (0, 0, 0, l), pads counted."""
+    return mx.array(np.stack([*[np.zeros(rows, np.int32)] * 3, np.arange(rows, dtype=np.int32)], axis=-1))
+
+
+def image_ids(height: int, width: int, time: int = 0) -> mx.array:
+    """Position ids [height * width, 4] of an image in tokens: (t, row, column, 0), row-major; reference k has t = 10 + 10k."""
+    rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
+    return mx.array(np.stack([np.full_like(rows, time), rows, columns, np.zeros_like(rows)], axis=-1))
+
+
+def load_transformer(
+    model_dir: Path | str, spec: TransformerSpec, bits: int = 16, dtype: mx.Dtype | None = None
+) -> Transformer:
+    """The transformer of a diffusers folder, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
+
+    `dtype` is the compute type: float32 where `bits` is 32, else bfloat16. InputError lists every tensor that is
+    missing, surplus or misshapen.
+    """
+    tensors = open_tensors(Path(model_dir).expanduser() / "transformer")
+    tensors.check(tensor_shapes(spec))
+    return from_tensors(tensors, spec, bits, dtype)
+
+
+def from_tensors(tensors: Tensors, spec: TransformerSpec, bits: int, dtype: mx.Dtype | None = None) -> Transformer:
+    """The transformer of checked tensors in diffusers names; never more than one block stands in memory unquantized."""
+    dtype = dtype or (mx.float32 if bits == 32 else mx.bfloat16)
+    outer = _read(tensors, "", outer_shapes(spec), bits)
+    double = [_read(tensors, f"{DOUBLE}.{i}.", double_shapes(spec), bits) for i in range(spec.double_blocks)]
+    single = [_read(tensors, f"{SINGLE}.{i}.", single_shapes(spec), bits) for i in range(spec.single_blocks)]
+    return Transformer(spec, dtype, outer, double, single)
+
+
+def _read(tensors: Tensors, prefix: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, Weight]:
+    values = tensors.read_all(f"{prefix}{name}.weight" for name in shapes)
+    block = {
+        name: quantize.pack(values[f"{prefix}{name}.weight"], bits) if len(shape) == 2 else values[f"{prefix}{name}.weight"]
+        for name, shape in shapes.items()
+    }
+    mx.eval(block)
+    return block
+
+
+def tensor_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the state dict, in diffusers names, with its shape."""
+    shapes = {f"{name}.weight": shape for name, shape in outer_shapes(spec).items()}
+    for kind, count, block in (
+        (DOUBLE, spec.double_blocks, double_shapes(spec)),
+        (SINGLE, spec.single_blocks, single_shapes(spec)),
+    ):
+        for index in range(count):
+            shapes |= {f"{kind}.{index}.{name}.weight": shape for name, shape in block.items()}
+    return shapes
+
+
+def outer_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """The linears outside the blocks, [out, in]."""
+    hidden = spec.hidden
+    embedders = ["timestep_embedder", *(["guidance_embedder"] if spec.guidance else [])]
+    times = {f"time_guidance_embed.{name}.linear_1": (hidden, spec.time_channels) for name in embedders}
+    times |= {f"time_guidance_embed.{name}.linear_2": (hidden, hidden) for name in embedders}
+    return times | {
+        "x_embedder": (hidden, spec.channels),
+        "context_embedder": (hidden, spec.context_width),
+        "double_stream_modulation_img.linear": (6 * hidden, hidden),
+        "double_stream_modulation_txt.linear": (6 * hidden, hidden),
+        "single_stream_modulation.linear": (3 * hidden, hidden),
+        "norm_out.linear": (2 * hidden, hidden),
+        "proj_out": (spec.channels, hidden),
+    }
+
+
+def double_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors of one double block: linears [out, in] and norms [head dim]."""
+    hidden, mlp = spec.hidden, spec.mlp_width
+    linears = "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    norms = "norm_q", "norm_k", "norm_added_q", "norm_added_k"
+    shapes: dict[str, tuple[int, ...]] = {f"attn.{name}": (hidden, hidden) for name in linears}
+    shapes |= {f"attn.{name}": (spec.head_dim,) for name in norms}
+    for stream in ("ff", "ff_context"):
+        shapes |= {f"{stream}.linear_in": (2 * mlp, hidden), f"{stream}.linear_out": (hidden, mlp)}
+    return shapes
+
+
+def single_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors of one single block: fused linears [out, in] and norms [head dim]."""
+    hidden, mlp = spec.hidden, spec.mlp_width
+    return {
+        "attn.to_qkv_mlp_proj": (3 * hidden + 2 * mlp, hidden),
+        "attn.to_out": (hidden, hidden + mlp),
+        "attn.norm_q": (spec.head_dim,),
+        "attn.norm_k": (spec.head_dim,),
+    }
+
+
+def block_linears(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
+    """Full path of every linear of every block -> (out, in): what a LoRA may be attached to."""
+    kinds = ((DOUBLE, spec.double_blocks, double_shapes(spec)), (SINGLE, spec.single_blocks, single_shapes(spec)))
+    return {
+        f"{kind}.{index}.{name}": (shape[0], shape[1])
+        for kind, count, shapes in kinds
+        for index in range(count)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
