@@ -204,13 +204,12 @@ def _refuse_broken(values: mx.array, what: str, zeros: bool = True) -> None:
 
     Some MLX releases return silent zeros from a convolution that does not fit into memory (mlx #3979).
     """
-    finite = mx.isfinite(values).all(axis=(1, 2, 3)).tolist()
-    empty = (values == 0).all(axis=(1, 2, 3)).tolist()
-    faults = [
-        f"item {i} is {'all zero' if finite[i] else 'not finite'}"
-        for i in range(len(finite))
-        if not finite[i] or (zeros and empty[i])
-    ]
+    faults = []
+    for i, item in enumerate(values):
+        if not mx.isfinite(item).all().item():
+            faults.append(f"item {i} is not finite")
+        elif zeros and not item.any().item():
+            faults.append(f"item {i} is all zero")
     if faults:
         raise RelayError(
             f"the VAE refuses {what}: {', '.join(faults)}. Either its input or the weights in vae/ are "

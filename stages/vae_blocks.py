@@ -182,7 +182,7 @@ def _linear(x: mx.array, weights: Weights, name: str) -> mx.array:
 
 def _downsample(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
     """Halve both sides. The zero border is right and bottom only: output row r reads rows 2r to 2r+2."""
-    return _conv(mx.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), weights, name, padding=0, stride=2)
+    return _conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]), weights, name, padding=0, stride=2)
 
 
 def _upsample(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
