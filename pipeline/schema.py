@@ -27,7 +27,7 @@ SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]i?)?B?", re.IGNORECAS
 UNITS = {"": 1} | {p: 1000**n for n, p in enumerate("kmgt", 1)}
 UNITS |= {p + "i": 1024**n for n, p in enumerate("kmgt", 1)}
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NULL_TAG = "tag:yaml.org,2002:null"
+NULL_TAG, BOOL_TAG = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 TEXT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "timestamp", "value")}
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 REFUSED = object()  # a value that was not accepted; its fault is noted
@@ -37,18 +37,16 @@ Annotation: TypeAlias = Any  # int, `str | None`, a dataclass ...: typing has no
 
 def compose(text: str, origin: str) -> Node | None:
     """The node tree of one YAML document, None if empty; marks carry `origin`, a file name or `--set ...`."""
-    loader = yaml.SafeLoader(text)
-    loader.name = origin  # what the marks of the nodes show
     try:
+        loader = yaml.SafeLoader(text)
+        loader.name = origin  # what the marks of the nodes show
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and not origin.startswith("--set") else ""
         raise InputError(f"{origin}{line}: this is not YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{origin}: this is not YAML: {error}") from error
-    finally:
-        loader.dispose()
+        raise InputError(f"{origin}: this is not YAML: {str(error).splitlines()[0]}") from error
 
 
 def override(root: Node, assignment: str) -> Node:
@@ -234,6 +232,8 @@ def _scalar(node: ScalarNode, kind: Annotation, rules: Rules) -> object:
     text = node.value
     if node.tag == NULL_TAG:
         return None if kind is type(None) else REFUSED
+    if node.tag not in TEXT_TAGS and node.tag != BOOL_TAG:
+        return REFUSED  # something like !!binary
     if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if str(choice) == text), REFUSED)
     if kind is bool:
@@ -275,9 +275,9 @@ def _broken_rule(value: object, rules: Rules) -> str | None:
 
 
 def _alternatives(kind: Annotation) -> list[Any]:
-    """The members of a union, text last: every scalar could be text."""
+    """The members of a union, null first and text last: every scalar could be text."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return sorted(members, key=lambda member: member is str)
+    return sorted(members, key=lambda member: (member is not type(None), member is str))
 
 
 def _say(kind: Annotation, rules: Rules) -> str:
