@@ -144,8 +144,8 @@ class _Builder:
 
     def unknown(self, key: Node, path: str, siblings: Sequence[str]) -> None:
         section, leaf = path[: -len(_leaf(path))], _leaf(path)
-        near = [section + name for name in difflib.get_close_matches(leaf, siblings, n=1)]
-        near = near or [known for known in self.known if _leaf(known) == leaf]  # right key, wrong section
+        near = [known for known in self.known if _leaf(known) == leaf]  # the right key in the wrong section
+        near = near or [section + name for name in difflib.get_close_matches(leaf, siblings, n=1)]
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(siblings)}"
         self.fault(key, f"unknown key '{path}'; {hint}")
 
