@@ -147,13 +147,22 @@ def time_features(time: np.ndarray, channels: int) -> np.ndarray:
     """[cos, sin] features of time [B] (already times 1000) -> [B, channels] float32, cosines first.
 
     The frequencies decide the last digits, since time reaches 4000: exponent in float32, exp in float64, rounded to
-    float32, as torch has it to one ulp. (`mx.exp` on the CPU is off by up to 8 ulp.) Phases float32, cos and sin float64.
+    float32 as torch has it. (`mx.exp` on the CPU is off by up to 8 ulp.) Phases float32, cos and sin float64.
     """
     half = channels // 2
     exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    if half == _HALF:
+        frequencies[_ROUNDED_UP] = np.nextafter(frequencies[_ROUNDED_UP], np.float32(2))
     phase = (time.astype(np.float32)[:, None] * frequencies[None]).astype(np.float64)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
+
+
+_HALF, _ROUNDED_UP = 128, [12, 106]
+"""Of FLUX.2's 128 frequencies, the two that torch's float32 exp gives one ulp higher than the exact value rounded.
+
+At time 4000 that ulp is 1e-4 of phase: without it the velocity is 5e-6 from the reference, with it 5e-7.
+"""
 
 
 def rotary_tables(ids: np.ndarray, spec: TransformerSpec) -> Rotary:

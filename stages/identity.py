@@ -1,0 +1,162 @@
+"""What a set of weights or a file *is*: hashes of content, remembered so that a gigabyte is hashed once a machine.
+
+A safetensors header holds names, types and offsets, which a fine-tune shares byte for byte; size and date say no
+more. So identity is the SHA-256 of the bytes. Digests are remembered in the user's cache folder under everything the
+file system knows of a file; for weights a tripwire besides, 64 small blocks spread over the file, since hours of
+encoding hang on it. A folder that cannot be written only costs the time.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+from flux2_relay.stages.weights import TensorInfo, Tensors
+
+_BLOCK, _BLOCKS = 4096, 64
+_CHUNK = 1 << 22
+
+
+def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str, object]) -> str:
+    """SHA-256 over `name, type, shape, digest` of the tensors that a stage uses, and the config values that enter.
+
+    Equal for sharded, single-file and renamed layouts of the same weights; different for one changed weight.
+    """
+    names = sorted(names)
+    digests = tensor_digests([tensors.info[name] for name in names])
+    lines = [
+        f"{name},{info.dtype},{'x'.join(map(str, info.shape))},{digest}"
+        for name, info, digest in ((name, tensors.info[name], digests[name_of(tensors.info[name])]) for name in names)
+    ]
+    text = "\n".join([*lines, json.dumps(config, sort_keys=True)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def name_of(info: TensorInfo) -> tuple[Path, str]:
+    """What tells a tensor from all others on this machine: its file and its name there."""
+    return info.file, info.name
+
+
+def is_remembered(tensors: Tensors) -> bool:
+    """Whether `weights_identity` would cost next to nothing: every file's digests are known here."""
+    with _Memo() as memo:
+        return all(memo.get(_weights_key(file)) for file in {info.file for info in tensors.info.values()})
+
+
+def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:
+    """The SHA-256 of each tensor's bytes, from memory where the file is the same as before."""
+    infos = list(infos)
+    found: dict[tuple[Path, str], str] = {}
+    with _Memo() as memo:
+        for file in sorted({info.file for info in infos}):
+            wanted = [info for info in infos if info.file == file]
+            key = _weights_key(file)
+            known: dict[str, str] = json.loads(memo.get(key) or "{}")
+            unknown = [info for info in wanted if info.name not in known]
+            if unknown:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing frees the interpreter
+                    known |= dict(zip([i.name for i in unknown], pool.map(_tensor_digest, unknown), strict=True))
+                memo.put(key, json.dumps(known))
+            found |= {(file, info.name): known[info.name] for info in wanted}
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, from memory where the file system says it is unchanged."""
+    with _Memo() as memo:
+        key = "file|" + _facts(path)
+        digest = memo.get(key)
+        if digest is None:
+            with open(path, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            memo.put(key, digest)
+        return digest
+
+
+def _tensor_digest(info: TensorInfo) -> str:
+    digest, left = hashlib.sha256(), info.end - info.start
+    with open(info.file, "rb") as handle:
+        handle.seek(info.start)
+        while left:
+            data = handle.read(min(_CHUNK, left))
+            if not data:
+                raise OSError(f"{info.file} became shorter while it was read")
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def _weights_key(file: Path) -> str:
+    # In a Hugging Face cache the blob's name is the hash of its content: it holds on any machine.
+    real = file.resolve()
+    is_blob = real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name)
+    return f"weights|{real.name if is_blob else _facts(file)}|{_tripwire(file)}"
+
+
+def _facts(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+
+
+def _tripwire(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with open(file, "rb") as handle:
+        for block in range(_BLOCKS):
+            handle.seek(block * max(0, size - _BLOCK) // (_BLOCKS - 1))
+            digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def memory_folder() -> Path:
+    """The folder for what can be computed again: `$XDG_CACHE_HOME` or the system's place, then flux2-relay."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "flux2-relay"
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return home / "flux2-relay"
+
+
+class _Memo:
+    """A small table on disk, shared by all processes of the user; every failure of it means "not remembered"."""
+
+    def __enter__(self) -> "_Memo":
+        self._db: sqlite3.Connection | None = None
+        try:
+            memory_folder().mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(memory_folder() / "digests.sqlite", timeout=10)
+            self._db.execute("create table if not exists memo (key text primary key, value text) without rowid")
+        except (OSError, sqlite3.Error):
+            self._close()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def get(self, key: str) -> str | None:
+        if self._db is None:
+            return None
+        try:
+            with closing(self._db.execute("select value from memo where key = ?", (key,))) as rows:
+                row = rows.fetchone()
+        except sqlite3.Error:
+            return None
+        return row[0] if row else None
+
+    def put(self, key: str, value: str) -> None:
+        if self._db is None:
+            return
+        try:
+            with self._db:
+                self._db.execute("insert or replace into memo values (?, ?)", (key, value))
+        except sqlite3.Error:
+            self._close()
