@@ -22,7 +22,7 @@ MAY_NOT_IMPORT = {
     "stages/train": ("stages.encode", "stages.decode"),
     "stages/decode": ("stages.encode", "stages.train"),
 }
-# Names of a workplace or of a package index have no place in the repository; brackets keep this line out of it.
+# No place here for a workplace or a package index; the brackets keep this line itself from matching.
 FORBIDDEN = re.compile(
     r"/[w]ork/|py[p]i[.]org|python[h]osted|download[.]py[t]orch|--(extra-)?index-url", re.I
 )
