@@ -161,7 +161,7 @@ def gc(
 
 
 def sweep(store: Store, *, now: float, dry_run: bool = False) -> int:
-    """Delete the children of tmp that are older than a day -> how many. Encoding does it too, at its start."""
+    """Delete the children of tmp that are older than a day -> how many. Encoding begins with it, too."""
     old = [path for path, changed in _leftovers(store) if now - changed > _LEFTOVER_SECONDS]
     if not dry_run:
         for path in old:

@@ -93,7 +93,8 @@ def build(
     }
     if dtype == "bfloat16":
         told["dtype"] = dtype
-    node.attrs.put({"flux2_relay": {**told, "made": plain(made)}})
+    attributes: dict[str, Any] = {"flux2_relay": {**told, "made": plain(made)}}
+    node.attrs.put(attributes)
     return {name: files[name].to_bytes() for name in (chunk, "zarr.json")}
 
 

@@ -1,0 +1,111 @@
+"""Random operations on a store, against a dictionary."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from flux2_relay import cache
+from flux2_relay.cache.audit import gc, verify
+from flux2_relay.cache.keys import key_of
+
+KIND = st.sampled_from(["text", "masks"])
+SMALL = st.integers(0, 3)
+DTYPE = st.sampled_from(["float16", "float32"])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The store beside what it should hold: (kind, key) -> array, and set key -> the keys it names."""
+
+    sets = Bundle("sets")
+
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = self._open()
+        self.arrays: dict[tuple[str, str], np.ndarray] = {}
+        self.pins: dict[str, set[str]] = {}
+
+    def _open(self):
+        return cache.open(self.folder / "store.zarr", "a", wait=lambda seconds: None)
+
+    def teardown(self):
+        shutil.rmtree(self.folder)
+
+    @rule(
+        kind=KIND,
+        number=SMALL,
+        fill=st.floats(-10, 10, width=16),
+        dtype=st.sampled_from(["float16", "float32"]),
+    )
+    def publish(self, kind, number, fill, dtype):
+        array = np.full((number + 1, 2), fill, dtype)
+        key = self.store.publish(kind, {"number": number}, array, {"fill": float(fill)})
+        self.arrays.setdefault((kind, key), array)
+
+    @rule(kind=KIND, number=SMALL)
+    def remove(self, kind, number):
+        key = key_of({"number": number})
+        if (kind, key) in self.arrays:
+            self.store.remove(kind, key)
+            del self.arrays[kind, key]
+
+    @rule(target=sets, numbers=st.sets(SMALL), name=st.sampled_from("ab"))
+    def publish_set(self, numbers, name):
+        keys = [key_of({"number": number}) for number in sorted(numbers)]
+        key = self.store.publish_set({"name": name, "samples": [{"text": keys}]}, {"at": "1"})
+        self.pins[key] = set(keys)
+        return key
+
+    @rule(target=sets, key=consumes(sets))
+    def drop_set(self, key):
+        if key in self.pins:
+            gc(self.store, now=0, drop=[key])
+            del self.pins[key]
+            self._forget_garbage()
+        return multiple()
+
+    @rule()
+    def collect(self):
+        gc(self.store, now=0)
+        self._forget_garbage()
+
+    @rule(kind=KIND, number=SMALL)
+    def damage_and_repair(self, kind, number):
+        key = key_of({"number": number})
+        if (kind, key) in self.arrays:
+            (self.store.path / kind / key / "c.0.0").write_bytes(b"")
+            assert [fault.key for fault in verify(self.store, repair=True).faults] == [key]
+            del self.arrays[kind, key]
+
+    @rule()
+    def reopen(self):
+        self.store = self._open()
+
+    def _forget_garbage(self):
+        pinned = set().union(*self.pins.values())
+        self.arrays = {name: array for name, array in self.arrays.items() if name[1] in pinned}
+
+    @invariant()
+    def holds_what_it_should(self):
+        for kind in ("text", "masks", "latents"):
+            assert self.store.keys(kind) == {key for k, key in self.arrays if k == kind}
+        assert {record.key for record in self.store.sets()} == set(self.pins)
+        for record in self.store.sets():
+            missing = {key for key in self.pins[record.key] if ("text", key) not in self.arrays}
+            assert set(self.store.missing(record).get("text", ())) == missing
+
+    @rule()
+    def read_everything(self):
+        for (kind, key), array in self.arrays.items():
+            np.testing.assert_array_equal(self.store.read(kind, key).array, array, strict=True)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
