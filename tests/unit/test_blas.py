@@ -102,10 +102,8 @@ def test_a_missing_wheel_gives_none(outcome, monkeypatch: pytest.MonkeyPatch) ->
     assert "30 times slower" in decided.sentence
 
 
-class Wheel:
+class Wheel(importlib.metadata.Distribution):
     """An installed `scipy-openblas32` whose library is not what it was."""
-
-    version = "0.0.0"
 
     def __init__(self, library: Path, size: int) -> None:
         self.library, self.recorded_size = library, size
@@ -116,8 +114,11 @@ class Wheel:
         path.hash, path.size, path.dist = None, self.recorded_size, self
         return [path]
 
-    def locate_file(self, path: str) -> Path:
+    def locate_file(self, path) -> Path:
         return self.library
+
+    def read_text(self, filename: str) -> str | None:
+        return "Name: scipy-openblas32\nVersion: 0.0.0\n" if filename == "METADATA" else None
 
 
 @pytest.mark.parametrize("recorded_size", [10, 25_000_000])
