@@ -1,0 +1,282 @@
+"""What the user gives to train on: folders of pictures and captions, read into samples.
+
+Imports nothing heavy, so that a config can be checked without MLX. No picture is opened here; what is wrong
+with names, captions and listings is found for all folders at once, before a model is loaded.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages.encode.captions import (
+    CAPTIONS,
+    METADATA,
+    PLACEHOLDER,
+    Listing,
+    clean,
+    composed,
+    disagreement,
+    is_unicode,
+    read_text,
+)
+
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+_OTHER_TYPES = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".gif",
+    ".psd",
+    ".dng",
+    ".jp2",
+    ".jfif",
+)  # worth a word beside a caption
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataOptions:
+    """One folder (or .jsonl list) of pictures and captions, and how they are used."""
+
+    path: str
+    """A folder with images and .txt files, metadata.jsonl or captions.json; or a .jsonl file of its own."""
+
+    captions: Literal["whole", "lines"] = "whole"
+    """`whole`: a text is one caption, line breaks included; `lines`: a caption a line, one drawn a time."""
+
+    trigger: str | None = None
+    """A word that replaces [trigger] in captions and is put in front of those that lack it."""
+
+    repeats: int = field(default=1, metadata={"min": 1})
+    """How often each picture is seen in one pass over the data."""
+
+    resolutions: tuple[int, ...] = field(default=(512,), metadata={"min": 16})
+    """Area budgets R x R; each picture is encoded once for each of them."""
+
+    upscale: bool = False
+    """Enlarge pictures that are smaller than their bucket, instead of giving them a smaller one."""
+
+    crop: Literal["center", "top", "random"] = "center"
+    """What is kept of a picture that does not have its bucket's shape; `random` depends on seed and file."""
+
+    flip: bool = False
+    """Encode each picture a second time, mirrored."""
+
+    background: str = "white"
+    """The colour that transparent pixels are laid on: a name, or #rrggbb."""
+
+    masks: str | None = field(default=None, metadata={"supported": (None,)})
+    """A folder of masks (white is trained on), or `alpha`."""
+
+    references: tuple[str, ...] = field(default=(), metadata={"supported": ((),)})
+    """Folders of reference images with the same base names, for edit training."""
+
+    prior: bool = field(default=False, metadata={"supported": (False,)})
+    """These are regularisation images, weighted by `train.prior_weight`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no type excludes."""
+        if not self.resolutions or len(set(self.resolutions)) < len(self.resolutions):
+            raise InputError(f"'resolutions' must name each resolution once, found {list(self.resolutions)}")
+        if self.trigger is not None and (not self.trigger.strip() or self.trigger != self.trigger.strip()):
+            raise InputError(
+                f"'trigger' must be a word without outer spaces, or null; found {self.trigger!r}"
+            )
+        self.background_hex()
+
+    def background_hex(self) -> str:
+        """The background as "#rrggbb", however it was written."""
+        from PIL import ImageColor  # only here: the command line reads configs without Pillow
+
+        try:
+            red, green, blue = ImageColor.getrgb(self.background)[:3]
+        except ValueError:
+            found = repr(self.background)
+            raise InputError(
+                f"'background' must be a colour such as white or #ffffff, found {found}"
+            ) from None
+        return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One picture to train on, with every caption it may be shown with."""
+
+    id: str
+    """Its path below the data folder with "/"; with several folders, the folder's number comes first."""
+
+    image: Path
+    captions: tuple[str, ...]
+    options: DataOptions
+
+
+def read_samples(data: Sequence[DataOptions]) -> tuple[Sample, ...]:
+    """Every sample, folder by folder, sorted by name; one InputError says all that is wrong."""
+    samples: list[Sample] = []
+    faults: list[str] = [] if data else ["data: names no folder; give at least one 'path'"]
+    for index, options in enumerate(data):
+        folder = _Folder(options, "data" if len(data) == 1 else f"data.{index}")
+        prefix = "" if len(data) == 1 else f"{index}/"
+        samples += [
+            Sample(id=prefix + name, image=image, captions=captions, options=options)
+            for name, image, captions in folder.read()
+        ]
+        faults += folder.faults
+    if faults:
+        raise InputError("\n".join(faults))
+    return tuple(samples)
+
+
+class _Folder:
+    """Reads one entry of `data` and notes every fault on the way."""
+
+    def __init__(self, options: DataOptions, key: str) -> None:
+        self.options, self.key = options, key
+        self.path = Path(options.path).expanduser()
+        self.faults = [f"{key}.{name}: not supported yet; leave it out" for name in _unsupported(options)]
+
+    def read(self) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+        """Name, file and captions of each image."""
+        before = len(self.faults)
+        if self.path.suffix.lower() == ".jsonl" and self.path.is_file():
+            listing = Listing(self.path.parent)
+            listing.read_jsonl(self.path)
+            files = {name: listing.root / name for name in sorted(listing.texts)}
+            images = {name: file for name, file in files.items() if _is_image(file) and file.is_file()}
+        elif self.path.is_dir():
+            listing = Listing(self.path)
+            files = self.walk(listing)
+            images = {name: file for name, file in files.items() if _is_image(file)}
+            self.note_types(files)
+        else:
+            what = "is neither a folder nor a .jsonl file" if self.path.exists() else "does not exist"
+            self.faults.append(f"{self.key}.path: {self.path} {what}; correct the path")
+            return
+        self.faults += listing.faults
+        self.faults += listing.check_names(images, IMAGE_TYPES)
+        if not images and len(self.faults) == before:
+            types = ", ".join(suffix[1:] for suffix in IMAGE_TYPES)
+            self.faults.append(f"{self.key}.path: {self.path} holds no images; put some there ({types})")
+        yield from self.samples(images, listing)
+
+    def walk(self, listing: Listing) -> dict[str, Path]:
+        """Every visible file by name, sorted; listings met on the way are read."""
+        files = {}
+        try:
+            for file in _walk(self.path, ()):
+                files[composed(file.relative_to(self.path).as_posix())] = file
+        except OSError as error:
+            self.faults.append(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+        for file in files.values():
+            if file.name == METADATA:
+                listing.read_jsonl(file)
+            elif file.name == CAPTIONS:
+                listing.read_captions(file)
+        return dict(sorted(files.items()))
+
+    def note_types(self, files: dict[str, Path]) -> None:
+        """Pictures of a type that is not read, where a caption shows that they are meant to be."""
+        for name, file in files.items():
+            if file.suffix.lower() in _OTHER_TYPES and _caption_file(file):
+                self.faults.append(f"{self.path}: {name} is of a type that is not read; convert it to PNG")
+
+    def samples(
+        self, images: dict[str, Path], listing: Listing
+    ) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+        """Pair each image with its captions; those without are named together."""
+        missing, unfilled = [], []
+        for name, file in images.items():
+            if not file.is_file() or not is_unicode(name):
+                self.faults.append(
+                    f"{self.path}: {name!r} is a dead link or its name is not UTF-8; repair it"
+                )
+                continue
+            captions = self.captions_of(name, file, listing)
+            if captions is None:
+                missing.append(name)
+            elif self.options.trigger is None and any(PLACEHOLDER in caption for caption in captions):
+                unfilled.append(name)
+            elif captions:
+                yield name, file, captions
+        if missing:
+            self.faults.append(self.missing_captions(missing))
+        if unfilled:
+            self.faults.append(
+                f"{self.key}.trigger: not set, but {_count(unfilled, 'caption')} in {self.path} "
+                f"{'says' if len(unfilled) == 1 else 'say'} {PLACEHOLDER}; "
+                f"set it or edit the captions of{_lines(unfilled)}"
+            )
+
+    def captions_of(self, name: str, file: Path, listing: Listing) -> tuple[str, ...] | None:
+        """An image's captions; none at all is None, and () stands for a fault that has been noted."""
+        said = {where: self.cleaned(texts) for where, texts in listing.texts.get(name, ())}
+        beside = _caption_file(file) if self.path.is_dir() else None
+        if beside:
+            try:
+                said[str(beside)] = self.cleaned([read_text(beside)])
+            except InputError as error:
+                self.faults.append(str(error))
+                return ()
+        if not said:
+            return None
+        conflict = disagreement(said)
+        if conflict:
+            self.faults.append(f"{self.path}: {name} {conflict}")
+            return ()
+        return next(iter(said.values()))
+
+    def cleaned(self, texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(c for text in texts for c in clean(text, self.options.captions, self.options.trigger))
+
+    def missing_captions(self, names: Sequence[str]) -> str:
+        """The sentence that a newcomer meets first: what is missing, where it belongs, and the ways out."""
+        first, have = Path(names[0]), "has" if len(names) == 1 else "have"
+        return (
+            f"{self.key}.path: {_count(names, 'image')} in {self.path} {have} "
+            f"no caption. Write what {first.as_posix()} shows into {first.with_suffix('.txt').as_posix()} "
+            f"(an empty file trains it without words), list it in {METADATA} or {CAPTIONS}, or take it out; "
+            f"without a caption:{_lines(names)}"
+        )
+
+
+def _unsupported(options: DataOptions) -> list[str]:
+    """The options that are declared but may not be changed yet."""
+    return [
+        f.name
+        for f in dataclasses.fields(options)
+        if "supported" in f.metadata and getattr(options, f.name) not in f.metadata["supported"]
+    ]
+
+
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Every file below a folder, sorted, hidden ones skipped; links are followed, never in a circle."""
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*above, here))
+        else:
+            yield path
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_TYPES
+
+
+def _caption_file(image: Path) -> Path | None:
+    """The text file beside an image, if there is one."""
+    beside = (image.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((path for path in beside if path.is_file()), None)
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def _lines(names: Sequence[str]) -> str:
+    return "".join(f"\n  {name}" for name in names)

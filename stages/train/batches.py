@@ -1,0 +1,150 @@
+"""Which items make up which step, and reading them ahead of the step that needs them.
+
+A batch shares one bucket (height, width). What step n trains on is a function of (seed, n) and the set alone: no
+position is kept, so a resumed run goes on with the very batch that the unbroken one would have had.
+
+Letters: B batch, L image tokens, T text rows, C context channels.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from flux2_relay.cache import Entry, Store
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages.train import randomness
+from flux2_relay.stages.train.contexts import Contexts, tokens
+from flux2_relay.stages.train.objective import Batch
+from flux2_relay.stages.train.options import TrainOptions
+from flux2_relay.stages.train.transformer import image_ids, text_ids
+
+_THREADS, _AHEAD = 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One picture in one bucket, with the captions that it may be shown with."""
+
+    id: str
+    latents: str  # key
+    size: tuple[int, int]  # rows, columns in tokens
+    captions: tuple[str, ...]  # keys
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One item of one step: its place in the step's whole batch decides its noise, sigma and caption."""
+
+    place: int
+    item: Item
+    caption: str  # key
+
+
+class Batches:
+    """The order of training: `at(step)` gives the draws of every forward pass of a step."""
+
+    def __init__(self, body: Mapping[str, object], options: TrainOptions, seed: int) -> None:
+        """From a set's body; InputError where it holds nothing to train on."""
+        self._options, self._seed = options, seed
+        self._empty = body["shared"]["empty"]  # pyright: ignore[reportIndexIssue]
+        self._orders: dict[tuple[int, str, int], list[int]] = {}
+        self._buckets: dict[tuple[int, int], list[Item]] = {}
+        for item in items(body):
+            self._buckets.setdefault(item.size, []).append(item)
+        if not self._buckets:
+            raise InputError("the set holds no pictures; give the config a `data` section and run `relay encode`")
+
+    def at(self, step: int) -> list[list[Draw]]:
+        """The forward passes of step `step` (from 0): `accumulate` lists of `batch` draws, each of one bucket."""
+        batch, passes = self._options.batch, self._options.accumulate
+        return [
+            [self._draw(step, n * batch + i, item) for i, item in enumerate(self._pass(step * passes + n))]
+            for n in range(passes)
+        ]
+
+    def _draw(self, step: int, place: int, item: Item) -> Draw:
+        if randomness.uniform(self._seed, "dropout", step, place) < self._options.caption_dropout:
+            return Draw(place, item, self._empty)
+        choice = randomness.number(self._seed, "caption", step, place) % len(item.captions)
+        return Draw(place, item, item.captions[choice])
+
+    def _pass(self, number: int) -> list[Item]:
+        """The items of forward pass `number` of the run: an epoch is all batches of all buckets, shuffled."""
+        counts = {size: -(-len(items) // self._options.batch) for size, items in self._buckets.items()}
+        epoch, position = divmod(number, sum(counts.values()))
+        places = [(size, n) for size in sorted(counts) for n in range(counts[size])]
+        size, n = places[self._order(len(places), "passes", epoch)[position]]
+        bucket = self._buckets[size]
+        order = self._order(len(bucket), f"items {size}", epoch)
+        # The last batch of a bucket is filled from its beginning: every pass weighs the same.
+        return [bucket[order[(n * self._options.batch + i) % len(order)]] for i in range(self._options.batch)]
+
+    def _order(self, count: int, what: str, epoch: int) -> list[int]:
+        key = (count, what, epoch)
+        if key not in self._orders:
+            if len(self._orders) > 2 * (len(self._buckets) + 1):  # orders of past epochs are not needed again
+                self._orders.clear()
+            self._orders[key] = randomness.shuffled(count, self._seed, what, epoch)
+        return self._orders[key]
+
+
+def items(body: Mapping[str, object]) -> Iterator[Item]:
+    """Every picture of a set, in every bucket it was encoded for, as often as its `repeats` says."""
+    samples = body["samples"]
+    assert isinstance(samples, Sequence)
+    for sample in samples:
+        for latents in sample["latents"]:
+            item = Item(sample["id"], latents["key"], (latents["h"], latents["w"]), tuple(sample["text"]))
+            yield from [item] * sample["repeats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The batches of one step, the draws they came from, and how long the step waited for them."""
+
+    step: int
+    passes: list[tuple[list[Draw], Batch]]
+    wait_seconds: float
+
+
+def load_ahead(batches: Batches, store: Store, contexts: Contexts, first: int, last: int) -> Iterator[Loaded]:
+    """The steps `first` … `last` - 1 in order; entries are read in threads, two steps ahead.
+
+    What goes wrong in a thread is raised here, in the step that needs the entry.
+    """
+    waiting: deque[list[list[tuple[Draw, Future[Entry], Future[Entry]]]]] = deque()
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="reader") as pool:
+
+        def submit(step: int) -> None:
+            waiting.append(
+                [
+                    [(d, pool.submit(store.read, "latents", d.item.latents), pool.submit(contexts.read, d.caption)) for d in draws]
+                    for draws in batches.at(step)
+                ]
+            )
+
+        try:
+            for step in range(first, min(first + _AHEAD, last)):
+                submit(step)
+            for step in range(first, last):
+                if step + _AHEAD < last:
+                    submit(step + _AHEAD)
+                started = time.perf_counter()
+                passes = [_batch(reads, contexts) for reads in waiting.popleft()]
+                yield Loaded(step, passes, time.perf_counter() - started)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batch(reads: list[tuple[Draw, Future[Entry], Future[Entry]]], contexts: Contexts) -> tuple[list[Draw], Batch]:
+    draws = [draw for draw, _, _ in reads]
+    return draws, Batch(
+        latents=mx.stack([tokens(latents.result()) for _, latents, _ in reads]),
+        context=mx.stack([contexts.whole(text.result()) for _, _, text in reads]),
+        latent_ids=image_ids(*draws[0].item.size),
+        text_ids=text_ids(contexts.length),
+    )

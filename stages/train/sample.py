@@ -1,0 +1,68 @@
+"""From noise to latents: FLUX.2's schedule, Euler steps, guidance either way.
+
+Letters: L image tokens, T text rows, C context channels.
+Source: diffusers `Flux2Pipeline`, `Flux2KleinPipeline` and `compute_empirical_mu`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from flux2_relay.stages.train import randomness
+from flux2_relay.stages.train.transformer import Transformer, image_ids, text_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """One picture to draw: contexts [T, C], size in tokens, and how."""
+
+    context: mx.array
+    negative: mx.array | None  # for classifier-free guidance; None where the model needs none
+    height: int
+    width: int
+    seed: int
+    steps: int
+    guidance: float
+
+
+def schedule(steps: int, rows: int) -> list[float]:
+    """Sigmas from 1 down to 0, `steps` + 1 of them, for an image of `rows` tokens."""
+    shift = math.exp(empirical_mu(steps, rows))
+    grid = [1 - n / steps for n in range(steps)]
+    return [shift / (shift + 1 / sigma - 1) for sigma in grid] + [0.0]
+
+
+def empirical_mu(steps: int, rows: int) -> float:
+    """Log of the schedule's shift; linear in the tokens at 10 and at 200 steps, and between them in the steps."""
+    at_10, at_200 = 8.73809524e-5 * rows + 1.89833333, 1.6927e-4 * rows + 0.45666666
+    if rows > 4300:
+        return at_200
+    return at_200 + (steps - 200) * (at_200 - at_10) / 190
+
+
+def draw(transformer: Transformer, picture: Picture) -> mx.array:
+    """The latents [height, width, 128] float32 of a picture; the same seed always starts from the same noise."""
+    rows = picture.height * picture.width
+    latents = mx.random.normal((1, rows, transformer.spec.channels), key=randomness.key(picture.seed, "preview"))
+    sigmas = schedule(picture.steps, rows)
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        latents = latents + (following - sigma) * guided_velocity(transformer, picture, latents, sigma).astype(mx.float32)
+        mx.eval(latents)  # a step at a time: nothing is dispatched further ahead than it can run
+    return latents.reshape(picture.height, picture.width, -1)
+
+
+def guided_velocity(transformer: Transformer, picture: Picture, latents: mx.array, sigma: float) -> mx.array:
+    """Velocity [1, L, 128]: guidance as an input where the model takes one, else negative + w (positive - negative)."""
+    positive = _velocity(transformer, picture, picture.context, latents, sigma)
+    if transformer.spec.guidance or picture.negative is None or picture.guidance <= 1:
+        return positive
+    negative = _velocity(transformer, picture, picture.negative, latents, sigma)
+    return negative + picture.guidance * (positive - negative)
+
+
+def _velocity(transformer: Transformer, picture: Picture, context: mx.array, latents: mx.array, sigma: float) -> mx.array:
+    guidance = mx.array([picture.guidance], mx.float32) if transformer.spec.guidance else None
+    ids: Sequence[mx.array] = image_ids(picture.height, picture.width), text_ids(context.shape[0])
+    return transformer(latents, context[None], mx.array([sigma], mx.float32), guidance, *ids)
