@@ -4,6 +4,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def levels(path: Path, background: str = "#ffffff") -> np.ndarray:
     return np.asarray(read_picture(path, background)).astype(int)
 
 
-def save(picture: Image.Image, path: Path, **options: object) -> Path:
+def save(picture: Image.Image, path: Path, **options: Any) -> Path:
     picture.save(path, **options)
     return path
 
