@@ -5,6 +5,7 @@ import pytest
 
 from flux2_relay import cache
 from flux2_relay.cache.explain import explain, in_words, key_objects, nearest
+from flux2_relay.cache.keys import key_of
 
 WANTED = {
     "kind": "text",
@@ -53,9 +54,8 @@ def test_nearest_is_the_same_caption_with_the_fewest_differences(tmp_path):
     (store.path / "text" / broken / "zarr.json").write_text("")
     candidates = dict(key_objects(store, "text"))
     assert len(candidates) == 3
-    key, lines = nearest(WANTED, candidates)
-    assert candidates[key] == near
-    assert lines == ["text encoder weights: bbbbbbbbbbbb there, aaaaaaaaaaaa wanted"]
+    lines = ["text encoder weights: bbbbbbbbbbbb there, aaaaaaaaaaaa wanted"]
+    assert nearest(WANTED, candidates) == (key_of(near), lines)
     assert nearest({**WANTED, "caption": "a cat"}, candidates) is None
     assert nearest({"kind": "other"}, candidates) is None
 
