@@ -62,9 +62,7 @@ def whole(width: int, height: int) -> Placement:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
-def test_exif_orientation_is_applied_to_size_and_pixels(
-    tmp_path: Path, suffix: str, orientation: int
-) -> None:
+def test_exif_orientation_is_applied_to_size_and_pixels(tmp_path: Path, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = save(photo(), tmp_path / f"a.{suffix}", exif=exif)
@@ -79,9 +77,7 @@ def test_exif_orientation_is_applied_to_size_and_pixels(
     }
     upright = photo().transpose(turns[orientation]) if orientation > 1 else photo()
     assert image_size(path) == upright.size
-    assert (
-        np.abs(levels(path) - np.asarray(upright)).mean() < 8
-    )  # lossy formats; a wrong turn is off by 50 and more
+    assert np.abs(levels(path) - np.asarray(upright)).mean() < 8  # lossy formats; a wrong turn is off by 50 and more
 
 
 def test_exif_behind_the_pixels_of_a_png_counts_too(tmp_path: Path) -> None:
@@ -105,9 +101,9 @@ def test_the_size_is_read_without_decoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     grey = np.full((16, 16), 32896, np.uint16)
-    grey[0, 0], grey[0, 1], grey[0, 2] = 0, 65535, 257
+    grey[0, 0], grey[0, 1], grey[0, 2], grey[0, 4] = 0, 65535, 257, 255  # 255/257 is nearer to 1 than to 0
     pixels = levels(save(Image.fromarray(grey), tmp_path / f"a.{suffix}"))
-    assert pixels[0, :4, 0].tolist() == [0, 255, 1, 128]
+    assert pixels[0, :5, 0].tolist() == [0, 255, 1, 128, 1]
     assert (pixels[..., 0] == pixels[..., 1]).all()
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
@@ -235,12 +231,7 @@ def cmyk_profile() -> bytes:
         tags += name + struct.pack(">II", offset + len(data), len(value))
         data += value
     head = struct.pack(">I4sI4s4s4s", offset + len(data), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab ")
-    head += (
-        struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
-        + b"acsp"
-        + bytes(28)
-        + struct.pack(">iii", 63190, 65536, 54061)
-    )
+    head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
     return head.ljust(128, b"\0") + struct.pack(">I", 4) + tags + data
 
 
@@ -313,9 +304,7 @@ def test_a_photograph_with_a_preview_behind_it_is_one_picture(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("width", "height"), [(15, 400), (400, 15), (1, 1)])
 def test_a_picture_below_16_pixels_is_refused(tmp_path: Path, width: int, height: int) -> None:
-    assert f"{width} x {height} pixels" in refusal(
-        save(Image.new("RGB", (width, height)), tmp_path / "a.png")
-    )
+    assert f"{width} x {height} pixels" in refusal(save(Image.new("RGB", (width, height)), tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(("width", "height"), [(16384, 16385), (60000, 60000)])
@@ -412,9 +401,7 @@ def test_the_bucket_is_the_nearest_in_log_aspect_and_fits(width: int, height: in
     st.sampled_from(["center", "top", "random"]),
     st.text(),
 )
-def test_the_resized_picture_covers_the_crop_and_no_more(
-    size: tuple[int, int], crop: images.Crop, draw: str
-) -> None:
+def test_the_resized_picture_covers_the_crop_and_no_more(size: tuple[int, int], crop: images.Crop, draw: str) -> None:
     w, h = choose_bucket(*size, 512, upscale=True)
     placement = place(size, (w, h), crop, draw=draw)
     (width, height), (x, y, *box) = placement.resize, placement.crop
