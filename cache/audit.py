@@ -96,9 +96,7 @@ class Stats:
     leftovers: int = 0
 
 
-def verify(
-    store: Store, *, full: bool = True, repair: bool = False, progress: Progress | None = None
-) -> Verified:
+def verify(store: Store, *, full: bool = True, repair: bool = False, progress: Progress | None = None) -> Verified:
     """Check every set and entry -> Verified. `repair` takes what is damaged out of sight.
 
     Quick: metadata, name = hash of key, size of the chunk. Full: also decode, crc32c, sha256, finite values.
@@ -182,6 +180,8 @@ def stats(store: Store, progress: Progress | None = None) -> Stats:
     shared, orphans, damaged = Size(), Size(), 0
     names = [(kind, key) for kind in KINDS for key in _names(store, kind)]
     for done, (kind, key) in enumerate(names, start=1):
+        if progress is not None:
+            progress(done, len(names))
         try:
             header = store.header(kind, key)
         except StoreError:
@@ -193,8 +193,6 @@ def stats(store: Store, progress: Progress | None = None) -> Stats:
         for name in of:
             by_set[name].add(*size)
         (orphans if not of else own[of[0]] if len(of) == 1 else shared).add(*size)
-        if progress is not None:
-            progress(done, len(names))
     return Stats(
         kinds=kinds,
         sets=by_set,
@@ -230,9 +228,7 @@ def _collect(store: Store, kind: str, key: str, pins: _Pins) -> bool:
     if aside is None:
         return True
     try:
-        needed = (
-            key in pins.look()
-        )  # the second look: without it, a set published meanwhile would stay incomplete
+        needed = key in pins.look()  # the second look: without it, a set published meanwhile would stay incomplete
     except BaseException:
         store.put_back(aside, kind, key)
         raise
@@ -254,9 +250,7 @@ def _doomed_sets(records: list[SetRecord], keep: int | None, drop: Collection[st
         called = [r for r in records if r.name == name] or [r for r in records if r.key.startswith(name)]
         if not called or (len(called) > 1 and called[0].name != name):
             known = ", ".join(sorted({r.name for r in records})) or "none"
-            raise StoreError(
-                f"no set is called {name!r}, nor does just one key begin so. Sets here: {known}."
-            )
+            raise StoreError(f"no set is called {name!r}, nor does just one key begin so. Sets here: {known}.")
         doomed |= {r.key: r for r in called}
     if keep is not None:
         for name in {r.name for r in records}:

@@ -12,9 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-_FULL_FLUSH: int | None = getattr(
-    fcntl, "F_FULLFSYNC", None
-)  # macOS: fsync does not empty the drive's own cache
+_FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync does not empty the drive's own cache
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 
 

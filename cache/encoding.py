@@ -110,23 +110,10 @@ def build_group(attributes: Mapping[str, object]) -> bytes:
 def parse_header(zarr_json: bytes, kind: str, key: str, chunk_bytes: int | None = None) -> Header:
     """Check all that the metadata alone can show: zarr.json [and the chunk's size] -> Header, or Damage."""
     metadata = parse_object(zarr_json)
-    told = metadata.get("attributes", {}).get("flux2_relay")
-    if (
-        metadata.get("node_type") != "array"
-        or not isinstance(told, dict)
-        or not isinstance(told.get("key"), dict)
-    ):
-        raise Damage("its zarr.json does not describe an entry of this program")
-    _compare_name(told["key"], key)
-    shape = metadata.get("shape")
-    grid = metadata.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
-    if not isinstance(shape, list) or len(shape) != len(DIMENSIONS[kind]) or shape != grid:
-        raise Damage(f"its zarr.json gives shape {shape} in chunks of {grid}")
-    if [codec.get("name") for codec in metadata.get("codecs", [])][-1:] != ["crc32c"]:
-        raise Damage("its zarr.json names no checksum")
-    if chunk_bytes is not None and chunk_bytes != told.get("stored_bytes"):
-        raise Damage(f"its chunk has {chunk_bytes} bytes instead of {told.get('stored_bytes')}")
-    return Header(shape=tuple(shape), dtype=_told_dtype(metadata, told), attributes=told)
+    try:
+        return _header(metadata, kind, key, chunk_bytes)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another structure
+        raise Damage(f"its zarr.json is not that of an entry ({error})") from error
 
 
 def decode(node: Mapping[str, bytes], kind: str, key: str) -> Entry:
@@ -135,6 +122,8 @@ def decode(node: Mapping[str, bytes], kind: str, key: str) -> Entry:
     header = parse_header(node["zarr.json"], kind, key, len(chunk))
     try:
         array = _decode(node)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever zarr and its codecs think of a broken file
         raise Damage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
     if _is_fill(array):  # Zarr answers a chunk that is not there with fill values and no error
@@ -188,13 +177,27 @@ def parse_object(zarr_json: bytes) -> dict[str, Any]:
     return metadata
 
 
+def _header(metadata: Mapping[str, Any], kind: str, key: str, chunk_bytes: int | None) -> Header:
+    told = metadata.get("attributes", {}).get("flux2_relay")
+    if metadata.get("node_type") != "array" or not isinstance(told, dict) or not isinstance(told.get("key"), dict):
+        raise Damage("its zarr.json does not describe an entry of this program")
+    _compare_name(told["key"], key)
+    shape = metadata.get("shape")
+    grid = metadata.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
+    if not isinstance(shape, list) or len(shape) != len(DIMENSIONS[kind]) or shape != grid:
+        raise Damage(f"its zarr.json gives shape {shape} in chunks of {grid}")
+    if [codec.get("name") for codec in metadata.get("codecs", [])][-1:] != ["crc32c"]:
+        raise Damage("its zarr.json names no checksum")
+    if type(told["stored_bytes"]) is not int or chunk_bytes not in (None, told["stored_bytes"]):
+        raise Damage(f"its chunk has {chunk_bytes} bytes instead of {told['stored_bytes']}")
+    return Header(shape=tuple(shape), dtype=_told_dtype(metadata, told), attributes=told)
+
+
 def _create(files: dict[str, Any], kind: str, array: np.ndarray, codec: str) -> "Array[Any]":
     from zarr import create_array
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
-    blosc = BloscCodec(
-        cname="zstd", clevel=1, shuffle="shuffle", typesize=array.dtype.itemsize, blocksize=_BLOCK_BYTES
-    )
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=array.dtype.itemsize, blocksize=_BLOCK_BYTES)
     return create_array(
         _memory(files),
         shape=array.shape,
@@ -240,9 +243,7 @@ def _logical_dtype(key_object: Mapping[str, object], array: np.ndarray) -> str:
 def _refuse_shape(kind: str, array: np.ndarray) -> None:
     if array.ndim != len(DIMENSIONS[kind]) or not array.size:
         axes = ", ".join(DIMENSIONS[kind])
-        raise InputError(
-            f"{kind} entries have axes [{axes}], none of them empty; this array has shape {array.shape}"
-        )
+        raise InputError(f"{kind} entries have axes [{axes}], none of them empty; this array has shape {array.shape}")
 
 
 def _refuse_not_finite(array: np.ndarray, dtype: str) -> None:

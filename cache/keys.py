@@ -44,9 +44,7 @@ def _refuse(value: object, where: str) -> None:
     elif type(value) is dict:
         for name, item in value.items():
             if type(name) is not str:
-                raise TypeError(
-                    f"{where}: a key object's names are strings, not {type(name).__name__} ({name!r})"
-                )
+                raise TypeError(f"{where}: a key object's names are strings, not {type(name).__name__} ({name!r})")
             _refuse_surrogates(name, where)
             _refuse(item, f"{where}.{name}")
     else:

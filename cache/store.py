@@ -34,6 +34,7 @@ KINDS = tuple(encoding.DIMENSIONS)
 _GROUPS = (*KINDS, "sets", "tmp")
 _REPAIR = "Run `relay cache verify --repair`, then `relay encode`."
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_BROKEN = {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}  # the entry's own fault
 _LOOK_AGAIN_SECONDS = 1.0  # gc takes an unused entry out of sight for a moment before it looks a second time
 
 
@@ -70,11 +71,9 @@ class Store:
         except FileNotFoundError as error:
             if not place.exists():
                 raise StoreError(f"{place} is missing. Run `relay encode`.") from error
-            raise StoreError(
-                f"{place} is damaged: it has no {Path(error.filename).name}. {_REPAIR}"
-            ) from error
+            raise StoreError(f"{place} is damaged: it has no {Path(error.filename).name}. {_REPAIR}") from error
         except (Damage, OSError) as error:
-            raise StoreError(f"{place} is damaged: {error}. {_REPAIR}") from error
+            raise _refused(place, error) from error
 
     def header(self, kind: str, key: str) -> Header:
         """Read what an entry's zarr.json says, one small file -> Header, or StoreError."""
@@ -82,7 +81,7 @@ class Store:
         try:
             return encoding.parse_header((place / "zarr.json").read_bytes(), kind, key)
         except (Damage, OSError) as error:
-            raise StoreError(f"{place} is damaged: {error}. {_REPAIR}") from error
+            raise _refused(place, error) from error
 
     def examine(self, kind: str, key: str, full: bool = True) -> str | None:
         """Look for damage in an entry or a set -> what is wrong with it, or None.
@@ -94,16 +93,18 @@ class Store:
             if kind == "sets":
                 parse_set((place / "zarr.json").read_bytes(), key)
             elif full:
-                encoding.check_content(
-                    encoding.decode(_read_node(place, encoding.chunk_name(kind)), kind, key)
-                )
+                encoding.check_content(encoding.decode(_read_node(place, encoding.chunk_name(kind)), kind, key))
             else:
                 size = (place / encoding.chunk_name(kind)).stat().st_size
                 encoding.parse_header((place / "zarr.json").read_bytes(), kind, key, size)
         except FileNotFoundError as error:
             return f"it has no {Path(error.filename).name}" if place.exists() else None
-        except (Damage, OSError) as error:
-            return str(error)
+        except OSError as error:
+            if error.errno not in _BROKEN:  # too many open files, no permission: not the entry's fault
+                raise StoreError(f"{place} cannot be read: {error.strerror}.") from error
+            return error.strerror
+        except Damage as damage:
+            return str(damage)
         return None
 
     def publish(
@@ -196,9 +197,7 @@ class Store:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise StoreError(
-                f"{self.path} has nothing in {', '.join(kinds)} whose key begins with {prefix!r}."
-            )
+            raise StoreError(f"{self.path} has nothing in {', '.join(kinds)} whose key begins with {prefix!r}.")
         some = ", ".join(f"{kind}/{key[:16]}" for kind, key in sorted(found)[:5])
         raise StoreError(f"{len(found)} keys begin with {prefix!r} ({some}, ...); give more digits.")
 
@@ -216,7 +215,7 @@ class Store:
                 return None  # dropped since the scan
             raise StoreError(f"{place} is damaged: it has no zarr.json. {_REPAIR}") from error
         except (Damage, OSError) as error:
-            raise StoreError(f"{place} is damaged: {error}. {_REPAIR}") from error
+            raise _refused(place, error) from error
 
     def _scan(self, kind: str) -> Iterator[str]:
         try:
@@ -261,9 +260,7 @@ def open(
     `codec` ("zstd" or "none") is for new entries only; readers need not know. `wait` is for tests.
     """
     if mode not in ("r", "a") or codec not in encoding.CODECS:
-        raise ValueError(
-            f"mode {mode!r}, codec {codec!r}: mode is 'r' or 'a', codec is one of {encoding.CODECS}"
-        )
+        raise ValueError(f"mode {mode!r}, codec {codec!r}: mode is 'r' or 'a', codec is one of {encoding.CODECS}")
     if "://" in os.fspath(path):
         raise StoreError(f"{os.fspath(path)}: only folders on a file system are supported as a store.")
     root = Path(path).expanduser().resolve()
@@ -302,9 +299,7 @@ def _check_root(root: Path) -> None:
     except (Damage, OSError) as error:
         raise StoreError(f"{root} cannot be read as a store: {error}.") from error
     if attributes.get("format") != FORMAT:
-        raise StoreError(
-            f"{root} is a Zarr hierarchy, but not a store of this program. Correct `cache.path`."
-        )
+        raise StoreError(f"{root} is a Zarr hierarchy, but not a store of this program. Correct `cache.path`.")
     version = attributes.get("version")
     if type(version) is not int or version != VERSION:
         raise StoreError(
@@ -332,6 +327,12 @@ def _restore_group(root: Path, group: Path) -> None:
         durable.publish_folder(files, root, group)
     else:
         durable.write_and_sync(group / "zarr.json", files["zarr.json"])
+
+
+def _refused(place: Path, error: Damage | OSError) -> StoreError:
+    if isinstance(error, OSError) and error.errno not in _BROKEN:
+        return StoreError(f"{place} cannot be read: {error.strerror}.")
+    return StoreError(f"{place} is damaged: {error}. {_REPAIR}")
 
 
 def _read_only(path: Path, error: OSError) -> StoreError:

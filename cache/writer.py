@@ -29,9 +29,7 @@ class Writer:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cache-writer")
 
-    def put(
-        self, kind: str, key_object: Mapping[str, object], array: np.ndarray, made: Mapping[str, object]
-    ) -> str:
+    def put(self, kind: str, key_object: Mapping[str, object], array: np.ndarray, made: Mapping[str, object]) -> str:
         """Hand over an entry -> its key. The array must not be changed afterwards."""
         self._raise_failure()
         key = key_of(key_object)

@@ -1,6 +1,9 @@
 """Damage on disk: every kind of it is refused by name, found by `verify`, repaired by making it missing."""
 
+import errno
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -92,16 +95,14 @@ EDITS = {
     "codec": _edit(lambda metadata, told: metadata["codecs"][0].update(name="packbits")),
     "data type": _edit(lambda metadata, told: metadata.update(data_type="int64")),
     "format": _edit(lambda metadata, told: metadata.update(zarr_format=2)),
+    "grid is a number": _edit(lambda metadata, told: metadata.update(chunk_grid=3)),
+    "no size": _edit(lambda metadata, told: told.pop("stored_bytes")),
     "node": _edit(lambda metadata, told: metadata.update(node_type="group")),
     "attributes": _edit(lambda metadata, told: metadata.update(attributes={})),
     "attributes are a list": _edit(lambda metadata, told: metadata.update(attributes=[])),
-    "separator": _edit(
-        lambda metadata, told: metadata["chunk_key_encoding"]["configuration"].update(separator="/")
-    ),
+    "separator": _edit(lambda metadata, told: metadata["chunk_key_encoding"]["configuration"].update(separator="/")),
     "grid": _edit(
-        lambda metadata, told: metadata["chunk_grid"]["configuration"].update(
-            chunk_shape=[1] * len(metadata["shape"])
-        )
+        lambda metadata, told: metadata["chunk_grid"]["configuration"].update(chunk_shape=[1] * len(metadata["shape"]))
     ),
 }
 FILES = (
@@ -199,6 +200,21 @@ def test_verify_repairs_a_set_and_says_how_far_it_is(store):
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert store.sets() == []
     assert (found.leftovers, found.missing) == (1, {})
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES])
+def test_what_is_not_the_entrys_fault_is_no_reason_to_repair_it(store, monkeypatch, code):
+    keys = _publish_all(store)
+
+    def refuse(self):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    with pytest.raises(StoreError, match="cannot be read: "):
+        store.read("text", keys["text"])
+    with pytest.raises(StoreError, match="cannot be read: "):
+        verify(store, repair=True)
+    assert store.keys("text") == {keys["text"]}
 
 
 def test_leftovers_are_no_damage(store):

@@ -87,9 +87,7 @@ def test_two_processes_make_one_store_and_write_the_same_keys(tmp_path):
     assert verify(store).faults == ()
     for i, key in enumerate(printed[0]):
         entry = store.read("text", key)
-        np.testing.assert_array_equal(
-            entry.array, _array(i, entry.attributes["made"]["who"], 50), strict=True
-        )
+        np.testing.assert_array_equal(entry.array, _array(i, entry.attributes["made"]["who"], 50), strict=True)
     assert [file.name for file in (store.path / "tmp").iterdir()] == ["zarr.json"]
     assert [file.name for file in path.parent.iterdir()] == ["store.zarr"]
 

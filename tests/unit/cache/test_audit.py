@@ -137,9 +137,7 @@ def test_stats_add_up(store):
     found = stats(store)
     assert (found.kinds["text"].entries, found.kinds["text"].raw_bytes) == (4, 4 * ARRAY.nbytes)
     assert (found.kinds["latents"].entries, found.kinds["latents"].raw_bytes) == (1, 12)
-    assert (
-        found.kinds["latents"].stored_bytes == (store.path / "latents" / latents / "c.0.0.0").stat().st_size
-    )
+    assert found.kinds["latents"].stored_bytes == (store.path / "latents" / latents / "c.0.0.0").stat().st_size
     assert (found.sets[a].entries, found.sets[b].entries) == (3, 2)
     assert (found.own[a].entries, found.own[b].entries) == (2, 1)
     assert (found.shared.entries, found.orphans.entries) == (1, 1)

@@ -119,8 +119,6 @@ def test_a_damaged_set_is_refused_by_name(store, damage):
         assert changed != text
         path.write_text(changed)
     for call in (store.sets, lambda: store.open_set(key)):
-        with pytest.raises(
-            StoreError, match=f"sets/{key} is damaged: .*relay cache verify --repair.*relay encode"
-        ):
+        with pytest.raises(StoreError, match=f"sets/{key} is damaged: .*relay cache verify --repair.*relay encode"):
             call()
     assert store.examine("sets", key) is not None
