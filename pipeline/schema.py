@@ -210,9 +210,7 @@ def _replaced(node: Node, keys: Sequence[str], value: Node, path: str) -> Node:
     if isinstance(node, SequenceNode):
         entries = list(node.value)
         if not key.isdecimal() or int(key) >= len(entries):
-            raise InputError(
-                f"{_where(value)}: '{path}' is a list of {len(entries)}; say '{path}.0' and so on"
-            )
+            raise InputError(f"{_where(value)}: '{path}' is a list of {len(entries)}; say '{path}.0' and so on")
         entries[int(key)] = _replaced(entries[int(key)], keys[1:], value, here)
         return SequenceNode(node.tag, entries, node.start_mark, node.end_mark)
     if not isinstance(node, MappingNode) and node.tag != NULL_TAG:

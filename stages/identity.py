@@ -21,6 +21,7 @@ from flux2_relay.stages.weights import TensorInfo, Tensors
 
 _BLOCK, _BLOCKS = 4096, 64
 _CHUNK = 1 << 22
+_SMALL = 1 << 30  # bytes hashed in about half a second
 
 
 def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str, object]) -> str:
@@ -47,6 +48,11 @@ def is_remembered(tensors: Tensors) -> bool:
     """Whether `weights_identity` would cost next to nothing: every file's digests are known here."""
     with _Memo() as memo:
         return all(memo.get(_weights_key(file)) for file in {info.file for info in tensors.info.values()})
+
+
+def is_cheap(tensors: Tensors) -> bool:
+    """Whether `weights_identity` takes a second at most: known here, or small."""
+    return sum(info.end - info.start for info in tensors.info.values()) < _SMALL or is_remembered(tensors)
 
 
 def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:

@@ -95,7 +95,12 @@ class ModelSpec:
 
 def _klein(hidden_heads: int, double: int, single: int, context: int) -> TransformerSpec:
     return TransformerSpec(
-        double_blocks=double, single_blocks=single, heads=hidden_heads, head_dim=128, context_width=context, guidance=False
+        double_blocks=double,
+        single_blocks=single,
+        heads=hidden_heads,
+        head_dim=128,
+        context_width=context,
+        guidance=False,
     )
 
 
@@ -113,8 +118,8 @@ CATALOGUE: Mapping[str, tuple[TransformerSpec, bool]] = {
 def from_checkpoint(model_dir: Path | str) -> ModelSpec:
     """The specs of a checkpoint folder in the diffusers layout; InputError names every file and key that is wrong."""
     folder = Path(model_dir).expanduser()
-    transformer, distilled = read_transformer_spec(folder), read_distilled(folder)
-    text = read_text_spec(folder)
+    transformer, distilled = read_transformer_spec(folder / "transformer"), read_distilled(folder)
+    text = read_text_spec(folder / "text_encoder")
     if text.context_width != transformer.context_width:
         raise InputError(
             f"{folder}: the text encoder gives {text.context_width} channels ({len(text.taps)} taps x {text.hidden}), "
@@ -124,7 +129,7 @@ def from_checkpoint(model_dir: Path | str) -> ModelSpec:
         name=known_name(transformer, distilled) or folder.name,
         transformer=transformer,
         text=text,
-        vae=read_vae_spec(folder),
+        vae=read_vae_spec(folder / "vae"),
         distilled=distilled,
     )
 
@@ -144,9 +149,9 @@ def check_name(name: str, transformer: TransformerSpec, distilled: bool, folder:
     raise InputError(f"model.name is '{name}', but {folder} holds {found}; correct model.path, or say model.name: auto")
 
 
-def read_transformer_spec(model_dir: Path) -> TransformerSpec:
-    """The spec of `transformer/config.json`."""
-    config = _Config(Path(model_dir) / "transformer" / "config.json")
+def read_transformer_spec(folder: Path) -> TransformerSpec:
+    """The spec of a `transformer` folder's config.json."""
+    config = _Config(folder / "config.json")
     spec = TransformerSpec(
         double_blocks=config.integer("num_layers", 8),
         single_blocks=config.integer("num_single_layers", 48),
@@ -162,7 +167,9 @@ def read_transformer_spec(model_dir: Path) -> TransformerSpec:
         eps=float(config.get("eps", 1e-6)),
     )
     if sum(spec.rope_axes) != spec.head_dim or any(axis % 2 for axis in spec.rope_axes):
-        config.fail(f"axes_dims_rope {list(spec.rope_axes)} must be even and add up to attention_head_dim {spec.head_dim}")
+        config.fail(
+            f"axes_dims_rope {list(spec.rope_axes)} must be even and add up to attention_head_dim {spec.head_dim}"
+        )
     if config.get("out_channels", None) not in (None, spec.channels) or config.get("patch_size", 1) != 1:
         config.fail("out_channels must equal in_channels and patch_size must be 1, as in every FLUX.2")
     return spec
@@ -178,9 +185,12 @@ _FAMILIES = {"mistral": ("mistral", (10, 20, 30)), "qwen3": ("qwen3", (9, 18, 27
 """`model_type` of the language model -> family, and the taps that the family's pipelines keep."""
 
 
-def read_text_spec(model_dir: Path, folder: str = "text_encoder") -> TextSpec:
-    """The spec of `text_encoder/config.json`; `flux2_text_length` and `flux2_taps` there replace the family's own."""
-    outer = _Config(Path(model_dir) / folder / "config.json")
+def read_text_spec(folder: Path) -> TextSpec:
+    """The spec of a `text_encoder` folder's config.json.
+
+    `flux2_text_length` and `flux2_taps` there replace what the family's pipeline has as arguments.
+    """
+    outer = _Config(folder / "config.json")
     config = outer.inner("text_config")
     model_type = config.get("model_type", None)
     if model_type not in _FAMILIES:
@@ -201,7 +211,11 @@ def read_text_spec(model_dir: Path, folder: str = "text_encoder") -> TextSpec:
         taps=tuple(outer.get("flux2_taps", taps)),
         length=int(outer.get("flux2_text_length", 512)),
     )
-    if not spec.taps or sorted(set(spec.taps)) != list(spec.taps) or not 0 < spec.taps[0] <= spec.taps[-1] < spec.layers:
+    if (
+        not spec.taps
+        or sorted(set(spec.taps)) != list(spec.taps)
+        or not 0 < spec.taps[0] <= spec.taps[-1] < spec.layers
+    ):
         # The last layer's output is no tap: transformers normalises it before it hands it out.
         config.fail(f"taps {list(spec.taps)} must rise and lie between 1 and {spec.layers - 1} (layers - 1)")
     return spec
@@ -219,9 +233,9 @@ def _rope_theta(config: "_Config") -> float:
     return float(theta)
 
 
-def read_vae_spec(model_dir: Path) -> VaeSpec:
-    """The spec of `vae/config.json`."""
-    config = _Config(Path(model_dir) / "vae" / "config.json")
+def read_vae_spec(folder: Path) -> VaeSpec:
+    """The spec of a `vae` folder's config.json."""
+    config = _Config(folder / "config.json")
     decoder = config.get("decoder_block_out_channels", None)
     spec = VaeSpec(
         in_channels=config.integer("in_channels", 3),
@@ -244,7 +258,6 @@ def read_vae_spec(model_dir: Path) -> VaeSpec:
     return spec
 
 
-
 class _Config:
     """One config.json whose every complaint names the file and the key."""
 
@@ -256,7 +269,9 @@ class _Config:
         try:
             values = json.loads(self.path.read_text("utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{self.path}: no such file; model.path must be a FLUX.2 folder in the diffusers layout") from None
+            raise InputError(
+                f"{self.path}: no such file; model.path must be a FLUX.2 folder in the diffusers layout"
+            ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: cannot be read as JSON ({error}); download it again") from None
         if not isinstance(values, dict):

@@ -67,21 +67,21 @@ class Decoder:
         return images
 
 
-def load_encoder(model_dir: Path) -> Encoder:
-    """The encoder half of ``model_dir/vae``; no tensor of the decoder is read."""
-    spec = read_vae_spec(model_dir)
-    _check_groups(model_dir, spec, spec.block_out_channels)
-    weights = _read(model_dir, encoder_tensor_names(spec), ("encoder.", "quant_conv."))
-    return Encoder(
-        spec=spec, weights=_mean_only(weights, encoder_layers(spec)[-1].name, spec.latent_channels)
-    )
+def load_encoder(model_dir: Path | str, folder: Path | None = None) -> Encoder:
+    """The encoder half of ``model_dir/vae``, or of ``folder``; no tensor of the decoder is read."""
+    folder = folder or Path(model_dir).expanduser() / "vae"
+    spec = read_vae_spec(folder)
+    _check_groups(folder, spec, spec.block_out_channels)
+    weights = _read(folder, encoder_tensor_names(spec), ("encoder.", "quant_conv."))
+    return Encoder(spec=spec, weights=_mean_only(weights, encoder_layers(spec)[-1].name, spec.latent_channels))
 
 
-def load_decoder(model_dir: Path) -> Decoder:
-    """The decoder half of ``model_dir/vae``; no tensor of the encoder is read."""
-    spec = read_vae_spec(model_dir)
-    _check_groups(model_dir, spec, spec.decoder_block_out_channels or spec.block_out_channels)
-    weights = _read(model_dir, decoder_tensor_names(spec), ("decoder.", "post_quant_conv."))
+def load_decoder(model_dir: Path | str, folder: Path | None = None) -> Decoder:
+    """The decoder half of ``model_dir/vae``, or of ``folder``; no tensor of the encoder is read."""
+    folder = folder or Path(model_dir).expanduser() / "vae"
+    spec = read_vae_spec(folder)
+    _check_groups(folder, spec, spec.decoder_block_out_channels or spec.block_out_channels)
+    weights = _read(folder, decoder_tensor_names(spec), ("decoder.", "post_quant_conv."))
     return Decoder(spec=spec, weights=weights)
 
 
@@ -146,12 +146,12 @@ def _statistics(spec: VaeSpec) -> Shapes:
     return {"bn.running_mean": (channels,), "bn.running_var": (channels,)}
 
 
-def _read(model_dir: Path, names: Shapes, prefixes: tuple[str, ...]) -> dict[str, mx.array]:
+def _read(folder: Path, names: Shapes, prefixes: tuple[str, ...]) -> dict[str, mx.array]:
     """The named tensors in float32, conv kernels turned from OIHW to MLX's OHWI.
 
     The half is checked whole: a tensor that starts with one of ``prefixes`` and is not expected is refused.
     """
-    tensors = open_tensors(model_dir / "vae")
+    tensors = open_tensors(folder)
     tensors.check(names, ignore=lambda name: not name.startswith(prefixes))
     weights = tensors.read_all(names, mx.float32)
     weights = {name: w.transpose(0, 2, 3, 1) if w.ndim == 4 else w for name, w in weights.items()}
@@ -161,27 +161,23 @@ def _read(model_dir: Path, names: Shapes, prefixes: tuple[str, ...]) -> dict[str
 
 def _mean_only(weights: dict[str, mx.array], last: str, channels: int) -> dict[str, mx.array]:
     """Cut the last conv to the mean's outputs, which come first; the log-variance is never needed."""
-    cut = {
-        f"{last}.{part}": mx.contiguous(weights[f"{last}.{part}"][:channels]) for part in ("weight", "bias")
-    }
+    cut = {f"{last}.{part}": mx.contiguous(weights[f"{last}.{part}"][:channels]) for part in ("weight", "bias")}
     mx.eval(cut)
     return weights | cut
 
 
-def _check_groups(model_dir: Path, spec: VaeSpec, widths: tuple[int, ...]) -> None:
+def _check_groups(folder: Path, spec: VaeSpec, widths: tuple[int, ...]) -> None:
     uneven = [width for width in widths if width % spec.norm_num_groups]
     if uneven:
         raise InputError(
-            f"{model_dir}/vae/config.json: norm_num_groups {spec.norm_num_groups} does not divide the widths "
+            f"{folder}/config.json: norm_num_groups {spec.norm_num_groups} does not divide the widths "
             f"{uneven}; download the file again"
         )
 
 
 def _check_images(images: mx.array, spec: VaeSpec) -> None:
     if images.ndim != 4 or images.shape[3] != spec.in_channels:
-        raise InputError(
-            f"the VAE takes images of shape [B, H, W, {spec.in_channels}], not {list(images.shape)}"
-        )
+        raise InputError(f"the VAE takes images of shape [B, H, W, {spec.in_channels}], not {list(images.shape)}")
     (rows, columns), (_, H, W, _) = pixel_step(spec), images.shape
     if not H or not W or H % rows or W % columns:
         raise InputError(
@@ -193,9 +189,7 @@ def _check_images(images: mx.array, spec: VaeSpec) -> None:
 def _check_latents(latents: mx.array, spec: VaeSpec) -> None:
     channels = spec.latent_channels * math.prod(spec.patch)
     if latents.ndim != 4 or latents.shape[3] != channels or 0 in latents.shape:
-        raise InputError(
-            f"the VAE decodes latents of shape [B, H/16, W/16, {channels}], not {list(latents.shape)}"
-        )
+        raise InputError(f"the VAE decodes latents of shape [B, H/16, W/16, {channels}], not {list(latents.shape)}")
     _refuse_broken(latents, "the latents it was to decode", zeros=False)
 
 

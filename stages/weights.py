@@ -17,9 +17,8 @@ from flux2_relay.cache.errors import InputError
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 """Element types that weights may have, with their bytes."""
-_SIZES = FLOATS | {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1} | {
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
+_SIZES = FLOATS | {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _MAX_HEADER = 100_000_000  # bytes; the format's own bound
 
 
@@ -63,12 +62,16 @@ class Tensors:
         pairs = ((new_name(name), info) for name, info in self.info.items())
         return Tensors(self.source, {name: info for name, info in pairs if name is not None})
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = lambda name: False) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = lambda name: False
+    ) -> None:
         """Refuse missing, surplus, misshapen and non-float tensors, all of them in one InputError.
 
         `ignore` says which surplus names are known and not needed.
         """
-        faults = [f"{name} is missing (expected {_shape(shape)})" for name, shape in expected.items() if name not in self.info]
+        faults = [
+            f"{name} is missing (expected {_shape(shape)})" for name, shape in expected.items() if name not in self.info
+        ]
         for name, info in self.info.items():
             where = f"{name} in {info.file.name}"
             if name not in expected:
@@ -133,23 +136,34 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The table of one safetensors file, checked: types, shapes against ranges, no holes or overlaps, nothing behind."""
+    """The table of one safetensors file, checked: types, shapes against ranges, no hole or overlap, nothing behind."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise InputError(f"{file}: its header length {length} does not fit its {size} bytes; the file is cut off or no safetensors")
+                raise InputError(
+                    f"{file}: its header length {length} does not fit its {size} bytes; it is cut off or no safetensors"
+                )
             header = json.loads(handle.read(length))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (OSError, ValueError, struct.error) as error:
-        raise InputError(f"{file}: has no readable safetensors header ({error}); the file is cut off or no safetensors") from None
+        raise InputError(
+            f"{file}: has no readable safetensors header ({error}); the file is cut off or no safetensors"
+        ) from None
     header.pop("__metadata__", None)
     base = 8 + length
     try:
         table = {
-            name: TensorInfo(file, name, entry["dtype"], tuple(entry["shape"]), base + entry["data_offsets"][0], base + entry["data_offsets"][1])
+            name: TensorInfo(
+                file,
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                base + entry["data_offsets"][0],
+                base + entry["data_offsets"][1],
+            )
             for name, entry in header.items()
         }
     except (KeyError, TypeError, IndexError) as error:
@@ -167,12 +181,18 @@ def _check_ranges(file: Path, table: Mapping[str, TensorInfo], base: int, size: 
         if info.dtype not in _SIZES:
             raise InputError(f"{file}: tensor {name} has the unknown type {info.dtype}")
         if info.end - info.start != count * _SIZES[info.dtype]:
-            raise InputError(f"{file}: tensor {name} of shape {_shape(info.shape)} {info.dtype} has {info.end - info.start} bytes")
+            raise InputError(
+                f"{file}: tensor {name} of shape {_shape(info.shape)} {info.dtype} has {info.end - info.start} bytes"
+            )
         if info.start != at:
-            raise InputError(f"{file}: there is a hole or an overlap before tensor {name} (byte {at}, then {info.start})")
+            raise InputError(
+                f"{file}: there is a hole or an overlap before tensor {name} (byte {at}, then {info.start})"
+            )
         at = info.end
     if at != size:
-        raise InputError(f"{file}: its header describes {at} bytes, but the file has {size}; it is cut off or was appended to")
+        raise InputError(
+            f"{file}: its header describes {at} bytes, but the file has {size}; it is cut off or was appended to"
+        )
 
 
 def _load(file: Path) -> dict[str, mx.array]:
@@ -180,13 +200,6 @@ def _load(file: Path) -> dict[str, mx.array]:
     if not isinstance(loaded, dict):
         raise InputError(f"{file}: is no safetensors file")
     return loaded
-
-
-def read_finite(name: str, value: mx.array, file: Path) -> mx.array:
-    """`value`, evaluated; quantization scales that are not finite are refused: they would poison every product."""
-    if not mx.all(mx.isfinite(value)).item():
-        raise InputError(f"{file}: the scales {name} are not finite; the file is damaged or badly quantized")
-    return value
 
 
 def _shape(shape: tuple[int, ...]) -> str:

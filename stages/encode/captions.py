@@ -91,9 +91,7 @@ class Listing:
 
     def _row(self, row: object, folder: Path, where: str) -> None:
         if not isinstance(row, dict):
-            self.faults.append(
-                f'{where}: must be a JSON object such as {{"file_name": "a.png", "text": "a fox"}}'
-            )
+            self.faults.append(f'{where}: must be a JSON object such as {{"file_name": "a.png", "text": "a fox"}}')
             return
         name = next((row[key] for key in _NAME_KEYS if key in row), None)
         texts = next((row[key] for key in _TEXT_KEYS if key in row), None)
@@ -108,15 +106,11 @@ class Listing:
         """Note the texts of one image after checking both."""
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            self.faults.append(
-                f"{where}: gives {name} no caption; write it as text under 'text' (\"\" for none)"
-            )
+            self.faults.append(f"{where}: gives {name} no caption; write it as text under 'text' (\"\" for none)")
             return
         image = _below(folder / name, self.root)
         if image is None:
-            self.faults.append(
-                f"{where}: {name} leads out of {self.root}; images must lie inside the data set"
-            )
+            self.faults.append(f"{where}: {name} leads out of {self.root}; images must lie inside the data set")
         elif any(not is_unicode(text) for text in (name, *texts)):
             self.faults.append(f"{where}: {name!r} has half a character (a lone surrogate); save it as UTF-8")
         else:

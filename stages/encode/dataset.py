@@ -81,9 +81,7 @@ class DataOptions:
         if not self.resolutions or len(set(self.resolutions)) < len(self.resolutions):
             raise InputError(f"'resolutions' must name each resolution once, found {list(self.resolutions)}")
         if self.trigger is not None and (not self.trigger.strip() or self.trigger != self.trigger.strip()):
-            raise InputError(
-                f"'trigger' must be a word without outer spaces, or null; found {self.trigger!r}"
-            )
+            raise InputError(f"'trigger' must be a word without outer spaces, or null; found {self.trigger!r}")
         self.background_hex()
 
     def background_hex(self) -> str:
@@ -94,9 +92,7 @@ class DataOptions:
             red, green, blue = ImageColor.getrgb(self.background)[:3]
         except ValueError:
             found = repr(self.background)
-            raise InputError(
-                f"'background' must be a colour such as white or #ffffff, found {found}"
-            ) from None
+            raise InputError(f"'background' must be a colour such as white or #ffffff, found {found}") from None
         return f"#{red:02x}{green:02x}{blue:02x}"
 
 
@@ -182,16 +178,12 @@ class _Folder:
             if file.suffix.lower() in _OTHER_TYPES and _caption_file(file):
                 self.faults.append(f"{self.path}: {name} is of a type that is not read; convert it to PNG")
 
-    def samples(
-        self, images: dict[str, Path], listing: Listing
-    ) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    def samples(self, images: dict[str, Path], listing: Listing) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
         """Pair each image with its captions; those without are named together."""
         missing, unfilled = [], []
         for name, file in images.items():
             if not file.is_file() or not is_unicode(name):
-                self.faults.append(
-                    f"{self.path}: {name!r} is a dead link or its name is not UTF-8; repair it"
-                )
+                self.faults.append(f"{self.path}: {name!r} is a dead link or its name is not UTF-8; repair it")
                 continue
             captions = self.captions_of(name, file, listing)
             if captions is None:

@@ -214,9 +214,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             # A phone's JPEG with a depth map or preview behind it (MPO) is still one photograph.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames > 1:
-            raise InputError(
-                f"{path}: holds {frames} frames; save the one to train on as a picture of its own"
-            )
+            raise InputError(f"{path}: holds {frames} frames; save the one to train on as a picture of its own")
         if width * height > PIXEL_LIMIT:
             raise InputError(f"{path}: {_too_large()}")
         if min(width, height) < STEP:
@@ -252,8 +250,7 @@ def _split_alpha(image: Image.Image, path: Path) -> tuple[Image.Image, Image.Ima
         return _from_16_bit(image)
     if image.mode in ("I", "F"):
         raise InputError(
-            f"{path}: holds 32-bit numbers (mode {image.mode}), whose range is not defined; "
-            "save it with 8 or 16 bits"
+            f"{path}: holds 32-bit numbers (mode {image.mode}), whose range is not defined; save it with 8 or 16 bits"
         )
     if image.has_transparency_data:
         grey = image.mode in ("LA", "La", "L", "1")

@@ -101,7 +101,9 @@ def load_tokenizer(folder: Path, spec: TextSpec) -> CaptionTokenizer:
         data = path.read_bytes()
         tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the model's own tokenizer folder is needed beside the encoder") from None
+        raise InputError(
+            f"{path}: no such file; the model's own tokenizer folder is needed beside the encoder"
+        ) from None
     except Exception as error:  # the library raises a bare Exception for every malformed file
         raise InputError(f"{path}: cannot be read as a tokenizer ({error}); download it again") from None
     tokenizer.no_padding()
@@ -113,6 +115,9 @@ def load_tokenizer(folder: Path, spec: TextSpec) -> CaptionTokenizer:
     if template.pads_see == "nothing":
         prefix = tuple(tokenizer.encode(template.before, add_special_tokens=False).ids)
         _check_prefix(path, tokenizer, template, prefix, spec.length)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= spec.vocabulary:
+        raise InputError(f"{path}: knows tokens up to {largest}, but the text encoder only {spec.vocabulary} of them")
     return CaptionTokenizer(tokenizer, template, spec.length, prefix, pad, hashlib.sha256(data).hexdigest())
 
 
@@ -121,4 +126,6 @@ def _check_prefix(path: Path, tokenizer: Tokenizer, template: Template, prefix: 
         raise InputError(f"{path}: the system text alone takes {len(prefix)} of the {length} text tokens")
     probe = tokenizer.encode(template.render(" x\n"), add_special_tokens=False).ids
     if tuple(probe[: len(prefix)]) != prefix:
-        raise InputError(f"{path}: the tokens of the system text depend on the caption; it is the tokenizer of another model")
+        raise InputError(
+            f"{path}: the tokens of the system text depend on the caption; it is the tokenizer of another model"
+        )

@@ -19,12 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.context import assemble
-from flux2_relay.stages.encode import layers, sequences
+from flux2_relay.stages.encode import encoder_weights, layers, sequences
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.spec import TextSpec
-from flux2_relay.stages.weights import Tensors, open_tensors
+from flux2_relay.stages.weights import Tensors
 
 _STEP = 16  # captions whose lengths round up to the same multiple run together
 
@@ -101,7 +100,7 @@ class TextEncoder:
         return sequences.AllRows(indices, lengths, self._embed(filled))
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> mx.array:
-        return layers.embedding_rows(self.tensors, np.array(ids, dtype=np.int64), self.dtype)
+        return encoder_weights.embedding_rows(self.tensors, np.array(ids, dtype=np.int64), self.dtype)
 
 
 def passes(costs: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -118,27 +117,22 @@ def passes(costs: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield part
 
 
-def load_text_encoder(model_dir: Path | str, spec: TextSpec, bits: int = 16, tokenizer_dir: Path | str | None = None) -> TextEncoder:
-    """The text encoder of a diffusers folder (`text_encoder/`, `tokenizer/`), layers up to the last tap, at `bits`.
+def load_text_encoder(
+    model_dir: Path | str,
+    spec: TextSpec,
+    bits: int = 16,
+    folder: Path | None = None,
+    tokenizer: CaptionTokenizer | None = None,
+) -> TextEncoder:
+    """The text encoder of `model_dir` (or of `folder`, with a tokenizer), layers up to the last tap, at `bits`.
 
-    Computes in float32 at 32 bits, else in bfloat16. InputError lists every tensor that is missing, surplus or misshapen.
+    Computes in float32 at 32 bits, else in bfloat16. InputError lists all tensors that are missing, surplus or misshapen.
     """
-    folder = Path(model_dir).expanduser()
-    tokenizer = load_tokenizer(Path(tokenizer_dir).expanduser() if tokenizer_dir else folder / "tokenizer", spec)
-    tensors = open_encoder_tensors(folder / "text_encoder", spec)
-    if len(used := tokenizer.tokenizer.get_vocab(with_added_tokens=True)) and max(used.values()) >= spec.vocabulary:
-        raise InputError(f"{folder}: the tokenizer knows tokens up to {max(used.values())}, the encoder only {spec.vocabulary}")
+    tokenizer = tokenizer or load_tokenizer(Path(model_dir).expanduser() / "tokenizer", spec)
+    tensors = encoder_weights.open_encoder(folder or Path(model_dir).expanduser() / "text_encoder", spec)
     resident = []
     for number in range(spec.taps[-1]):
         layer = layers.decoder_layer(tensors, number, spec, bits)
         mx.eval(layer.parameters())  # one layer at a time: unquantized weights of two never stand side by side
         resident.append(layer)
     return TextEncoder(spec, tokenizer, tensors, resident, mx.float32 if bits == 32 else mx.bfloat16)
-
-
-def open_encoder_tensors(folder: Path, spec: TextSpec) -> Tensors:
-    """The checked tensors of an encoder folder under canonical names, those that encoding needs and no others."""
-    tensors = layers.canonical(open_tensors(folder))
-    expected = layers.tensor_shapes(spec)
-    tensors.check(expected, ignore=lambda name: layers.is_unused(name, spec))
-    return Tensors(tensors.source, {name: tensors.info[name] for name in expected})

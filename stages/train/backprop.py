@@ -41,7 +41,11 @@ def loss_and_gradients(
     """
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
     weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
-    run = _Run(transformer, transformer.modulation(sigma, guidance), transformer.rotary(batch.latent_ids, batch.text_ids))
+    run = _Run(
+        transformer,
+        transformer.modulation(sigma, guidance),
+        transformer.rotary(batch.latent_ids, batch.text_ids),
+    )
     noisy = objective.add_noise(batch.latents, noise, sigma)
     doubles, singles, hidden = run.forward(*transformer.embed(noisy, batch.context))
     text_rows = batch.context.shape[1]
@@ -135,7 +139,9 @@ def _double(model: Transformer) -> Callable:
 def _single(model: Transformer) -> Callable:
     spec = model.spec
 
-    def single(weights: Weights, adapters: Adapters, hidden: mx.array, modulation: mx.array, rotary: Rotary) -> mx.array:
+    def single(
+        weights: Weights, adapters: Adapters, hidden: mx.array, modulation: mx.array, rotary: Rotary
+    ) -> mx.array:
         return blocks.single_block(weights, adapters, hidden, modulation, rotary, spec)
 
     return single
@@ -145,8 +151,13 @@ def _backward(block: Callable) -> Callable:
     """The function that gives the gradients of a block's adapters and the cotangent of its input."""
 
     def backward(
-        weights: Weights, adapters: Adapters, inputs: object, modulation: object, rotary: Rotary, cotangent: object
-    ) -> tuple[dict[str, Pair], object]:  # noqa: PLR0913 - a block's own arguments and the cotangent
+        weights: Weights,
+        adapters: Adapters,
+        inputs: object,
+        modulation: object,
+        rotary: Rotary,
+        cotangent: object,
+    ) -> tuple[dict[str, Pair], object]:
         def scalar(factors: Mapping[str, Pair], inputs: object) -> mx.array:
             full = {name: (*factors[name], scale) for name, (_, _, scale) in adapters.items()}
             out = block(weights, full, inputs, modulation, rotary)

@@ -122,7 +122,14 @@ def load_ahead(batches: Batches, store: Store, contexts: Contexts, first: int, l
         def submit(step: int) -> None:
             waiting.append(
                 [
-                    [(d, pool.submit(store.read, "latents", d.item.latents), pool.submit(contexts.read, d.caption)) for d in draws]
+                    [
+                        (
+                            d,
+                            pool.submit(store.read, "latents", d.item.latents),
+                            pool.submit(contexts.read, d.caption),
+                        )
+                        for d in draws
+                    ]
                     for draws in batches.at(step)
                 ]
             )

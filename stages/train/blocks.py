@@ -122,7 +122,12 @@ def _mlp(x: mx.array, name: str, weights: Weights, adapters: Adapters) -> mx.arr
 
 
 def single_block(
-    weights: Weights, adapters: Adapters, hidden: mx.array, modulation: mx.array, rotary: Rotary, spec: TransformerSpec
+    weights: Weights,
+    adapters: Adapters,
+    hidden: mx.array,
+    modulation: mx.array,
+    rotary: Rotary,
+    spec: TransformerSpec,
 ) -> mx.array:
     """Text and image rows in one stream [B, T + L, D], modulation [B, 3D] -> the stream.
 
@@ -175,6 +180,7 @@ def rotary_tables(ids: np.ndarray, spec: TransformerSpec) -> Rotary:
 def _rotary_tables(ids: bytes, shape: tuple[int, ...], axes: tuple[int, ...], theta: float) -> Rotary:
     positions = np.frombuffer(ids, dtype=np.int64).reshape(shape).astype(np.float64)
     angles = np.concatenate(
-        [positions[:, axis, None] * theta ** (-np.arange(0, width, 2) / width) for axis, width in enumerate(axes)], axis=-1
+        [positions[:, axis, None] * theta ** (-np.arange(0, width, 2) / width) for axis, width in enumerate(axes)],
+        axis=-1,
     )
     return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))

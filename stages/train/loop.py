@@ -7,6 +7,7 @@ another process). `train` needs a `Job` and tells a `Journal` what happens; it k
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,10 @@ from tqdm import tqdm
 from flux2_relay.cache import Store
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
+from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import peak_bytes
+from flux2_relay.stages.one_model import in_turn, say_loaded
+from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import checkpoint, lora, objective, optimizer
 from flux2_relay.stages.train.backprop import loss_and_gradients
 from flux2_relay.stages.train.batches import Batches, Draw, Loaded, load_ahead
@@ -26,7 +30,7 @@ from flux2_relay.stages.train.files import write_tensors
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, PreviewOptions, SaveOptions, TrainOptions
 from flux2_relay.stages.train.sample import Picture, draw
-from flux2_relay.stages.train.transformer import Transformer
+from flux2_relay.stages.train.transformer import Transformer, load_transformer
 
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse; without a limit they grow with every new shape
 
@@ -64,6 +68,18 @@ class Job:
     resume: bool
     max_steps: int | None  # stop after this many steps of this process
     stop: Callable[[], bool]  # asked after every step: leave now, with a checkpoint?
+
+
+def run(job: Job, folders: ModelFolders, spec: TransformerSpec, bits: int, journal: Journal) -> int:
+    """Load the transformer, train, and let go of it -> steps done."""
+    return in_turn("transformer", partial(_load_and_train, job, folders, spec, bits, journal), journal.say)
+
+
+def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, bits: int, journal: Journal) -> int:
+    dtype = mx.float32 if job.train.dtype == "float32" else mx.bfloat16
+    transformer = load_transformer(folders.root, spec, bits, dtype)
+    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {bits} bit)", journal.say)
+    return train(job, transformer, journal)
 
 
 def train(job: Job, transformer: Transformer, journal: Journal) -> int:
@@ -175,7 +191,7 @@ class _Run:
             return
         names = ", ".join(sorted({drawn.item.id for draws, _ in loaded.passes for drawn in draws}))
         raise RelayError(
-            f"step {loaded.step + 1}: the loss is {loss.item()} and the gradient's norm {norm.item()}; the batch was {names}. "
+            f"step {loaded.step + 1}: the loss is {loss.item()}, the gradient's norm {norm.item()}; the batch was {names}. "
             f"The adapter was left as it was before the step; a lower train.lr is the usual remedy. "
             f"Start again to go on from the checkpoint of step {self.saved}."
         )
@@ -225,4 +241,8 @@ class _Run:
                 steps=options.steps or self.job.previews.steps,
                 guidance=self.job.previews.guidance if options.guidance is None else options.guidance,
             )
-            write_tensors(path, {"latents": draw(self.transformer, picture)}, {"prompt": options.prompt, "step": str(self.done)})
+            write_tensors(
+                path,
+                {"latents": draw(self.transformer, picture)},
+                {"prompt": options.prompt, "step": str(self.done)},
+            )

@@ -29,10 +29,19 @@ def targets(spec: TransformerSpec, options: LoraOptions) -> dict[str, tuple[int,
     linears = block_linears(spec)
     wanted = options.targets if isinstance(options.targets, tuple) else (options.targets,)
     patterns = [("targets", pattern) for pattern in wanted if pattern not in _GROUPS]
-    patterns += [("exclude", pattern) for pattern in options.exclude] + [("ranks", pattern) for pattern in options.ranks]
-    idle = [f"lora.{key}: '{pattern}'" for key, pattern in patterns if not any(_matches(path, pattern) for path in linears)]
+    patterns += [("exclude", pattern) for pattern in options.exclude] + [
+        ("ranks", pattern) for pattern in options.ranks
+    ]
+    idle = [
+        f"lora.{key}: '{pattern}'" for key, pattern in patterns if not any(_matches(path, pattern) for path in linears)
+    ]
     if idle:
-        raise InputError(listing("these patterns match no linear of this model (e.g. 'to_q', '*.attn.*', 'ff.linear_in'):", idle))
+        raise InputError(
+            listing(
+                "these patterns match no linear of this model (e.g. 'to_q', '*.attn.*', 'ff.linear_in'):",
+                idle,
+            )
+        )
     chosen = {path: shape for path, shape in linears.items() if any(_matches(path, pattern) for pattern in wanted)}
     chosen = {path: shape for path, shape in chosen.items() if not any(_matches(path, p) for p in options.exclude)}
     if not chosen:

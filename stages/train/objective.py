@@ -8,6 +8,7 @@ Letters: B batch, L image tokens, C channels.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import mlx.core as mx
@@ -75,7 +76,7 @@ def flux2_mu(rows: int) -> float:
 
 _WEIGHTED = ((0.0, 0.45), (0.2, 0.72), (0.55, 1.0), (0.87, 1.52), (1.0, 0.91))
 """Supporting points (sigma, weight) of ai-toolkit's table for `weighted`."""
-_WEIGHTED_MEAN = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(_WEIGHTED, _WEIGHTED[1:], strict=False))
+_WEIGHTED_MEAN = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(_WEIGHTED))
 
 
 def loss_weight(sigma: np.ndarray, options: TrainOptions) -> np.ndarray:

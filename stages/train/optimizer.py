@@ -38,7 +38,9 @@ class Optimizer:
         """Everything that the next update depends on, flat."""
         flat: Parameters = {}
         for name, value in self._rule.state.items():
-            flat |= {f"{name}{_MARK}{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            flat |= (
+                {f"{name}{_MARK}{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            )
         return flat
 
     def restore(self, state: Mapping[str, mx.array]) -> None:

@@ -7,6 +7,7 @@ Source: diffusers `Flux2Pipeline`, `Flux2KleinPipeline` and `compute_empirical_m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -47,8 +48,10 @@ def draw(transformer: Transformer, picture: Picture) -> mx.array:
     rows = picture.height * picture.width
     latents = mx.random.normal((1, rows, transformer.spec.channels), key=randomness.key(picture.seed, "preview"))
     sigmas = schedule(picture.steps, rows)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        latents = latents + (following - sigma) * guided_velocity(transformer, picture, latents, sigma).astype(mx.float32)
+    for sigma, following in pairwise(sigmas):
+        latents = latents + (following - sigma) * guided_velocity(transformer, picture, latents, sigma).astype(
+            mx.float32
+        )
         mx.eval(latents)  # a step at a time: nothing is dispatched further ahead than it can run
     return latents.reshape(picture.height, picture.width, -1)
 
@@ -62,7 +65,9 @@ def guided_velocity(transformer: Transformer, picture: Picture, latents: mx.arra
     return negative + picture.guidance * (positive - negative)
 
 
-def _velocity(transformer: Transformer, picture: Picture, context: mx.array, latents: mx.array, sigma: float) -> mx.array:
+def _velocity(
+    transformer: Transformer, picture: Picture, context: mx.array, latents: mx.array, sigma: float
+) -> mx.array:
     guidance = mx.array([picture.guidance], mx.float32) if transformer.spec.guidance else None
     ids: Sequence[mx.array] = image_ids(picture.height, picture.width), text_ids(context.shape[0])
     return transformer(latents, context[None], mx.array([sigma], mx.float32), guidance, *ids)

@@ -5,7 +5,7 @@ Source: diffusers `Flux2Transformer2DModel`. Sigma, guidance and the features of
 product (diffusers rounds them to the model's dtype first, which moves 1000 * sigma by up to 4 in bfloat16).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """What sigma and guidance make of every block of a kind: `image` and `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
+    """What sigma and guidance say to all blocks of a kind: `image`, `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
 
     image: mx.array
     text: mx.array
@@ -40,8 +40,8 @@ class Transformer:
     spec: TransformerSpec
     dtype: mx.Dtype
     outer: Weights
-    double: list[Weights]
-    single: list[Weights]
+    double: Sequence[Weights]
+    single: Sequence[Weights]
     adapters: dict[str, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     """Full module path -> (A, B, scale); filled by `lora.attach`."""
     compiled: dict[str, Callable[..., object]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Transformer:
         guidance: mx.array | None,
         latent_ids: mx.array,
         text_ids: mx.array,
-    ) -> mx.array:  # noqa: PLR0913 - the contract's six inputs
+    ) -> mx.array:
         """Velocity [B, L, 128] at `sigma` [B] in [0, 1].
 
         latents [B, L, 128], context [B, T, C], guidance [B] or None, latent_ids [L, 4], text_ids [T, 4]. Reference
@@ -76,7 +76,9 @@ class Transformer:
     ) -> tuple[mx.array, mx.array]:
         """Double block `index`: image [B, L, D] and text [B, T, D] -> the same."""
         of_block = (modulation.image, modulation.text)
-        return blocks.double_block(self.double[index], self.adapters_of(DOUBLE, index), streams, of_block, rotary, self.spec)
+        return blocks.double_block(
+            self.double[index], self.adapters_of(DOUBLE, index), streams, of_block, rotary, self.spec
+        )
 
     def run_single(self, index: int, hidden: mx.array, modulation: Modulation, rotary: Rotary) -> mx.array:
         """Single block `index`: [B, T + L, D] -> the same."""
@@ -99,7 +101,12 @@ class Transformer:
         if self.spec.guidance and guidance is not None:
             condition = condition + self._time_embedding(guidance, "guidance_embedder")
         condition = nn.silu(condition)
-        names = "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"
+        names = (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+            "norm_out",
+        )
         return Modulation(*(product(condition, self.outer[f"{name}.linear"]) for name in names))
 
     def _time_embedding(self, value: mx.array, name: str) -> mx.array:
@@ -119,7 +126,7 @@ def text_ids(rows: int) -> mx.array:
 
 
 def image_ids(height: int, width: int, time: int = 0) -> mx.array:
-    """Position ids [height * width, 4] of an image in tokens: (t, row, column, 0), row-major; reference k has t = 10 + 10k."""
+    """Position ids [height * width, 4] of an image in tokens: (t, row, column, 0), row-major; reference k: t = 10 + 10k."""
     rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
     return mx.array(np.stack([np.full_like(rows, time), rows, columns, np.zeros_like(rows)], axis=-1))
 
@@ -149,7 +156,9 @@ def from_tensors(tensors: Tensors, spec: TransformerSpec, bits: int, dtype: mx.D
 def _read(tensors: Tensors, prefix: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, Weight]:
     values = tensors.read_all(f"{prefix}{name}.weight" for name in shapes)
     block = {
-        name: quantize.pack(values[f"{prefix}{name}.weight"], bits) if len(shape) == 2 else values[f"{prefix}{name}.weight"]
+        name: quantize.pack(values[f"{prefix}{name}.weight"], bits)
+        if len(shape) == 2
+        else values[f"{prefix}{name}.weight"]
         for name, shape in shapes.items()
     }
     mx.eval(block)
@@ -210,7 +219,10 @@ def single_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
 
 def block_linears(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Full path of every linear of every block -> (out, in): what a LoRA may be attached to."""
-    kinds = ((DOUBLE, spec.double_blocks, double_shapes(spec)), (SINGLE, spec.single_blocks, single_shapes(spec)))
+    kinds = (
+        (DOUBLE, spec.double_blocks, double_shapes(spec)),
+        (SINGLE, spec.single_blocks, single_shapes(spec)),
+    )
     return {
         f"{kind}.{index}.{name}": (shape[0], shape[1])
         for kind, count, shapes in kinds

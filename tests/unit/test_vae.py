@@ -48,7 +48,7 @@ def write_checkpoint(
     vae = folder / "vae"
     vae.mkdir(parents=True)
     (vae / "config.json").write_text(json.dumps(config))
-    spec = read_vae_spec(folder)
+    spec = read_vae_spec(folder / "vae")
     names = encoder_tensor_names(spec) | decoder_tensor_names(spec)
     random = np.random.default_rng(0)
     tensors = {name: random.normal(0, 0.2, shape).astype(np.float32) for name, shape in names.items()}

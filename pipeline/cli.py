@@ -1,0 +1,103 @@
+"""The command line: each command checks, calls one function, prints. Nothing heavy is imported before it runs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from flux2_relay.cache.errors import InputError, RelayError
+from flux2_relay.pipeline import signals
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def config_options(command: Command) -> Command:
+    """`-c FILE` and any number of `--set key.path=value`; the command gets `config_file` and `settings`."""
+    command = click.option(
+        "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of the config."
+    )(command)
+    return click.option(
+        "-c", "--config", "config_file", required=True, type=click.Path(path_type=Path), help="The config file (YAML)."
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="flux2-relay")
+def cli() -> None:
+    """Train LoRAs on FLUX.2 in two stages that meet only in a cache on disk.
+
+    `relay encode` reads captions and pictures into the store, `relay train` trains from the store alone.
+    """
+
+
+@cli.command()
+@config_options
+def encode(config_file: Path, settings: tuple[str, ...]) -> None:
+    """Stage one: captions and pictures into the store; what is there is not encoded again."""
+    from flux2_relay.pipeline import commands, config
+
+    commands.encode(config.load_config(config_file, settings))
+
+
+@cli.command()
+@config_options
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many steps of this call.")
+@click.option(
+    "--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on from the newest checkpoint."
+)
+def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, resume: str) -> None:
+    """Stage two: train a LoRA from the store."""
+    from flux2_relay.pipeline import commands, config
+
+    loaded = config.load_config(config_file, settings)
+    with signals.finish_the_step() as stop:
+        commands.train(loaded, max_steps, resume == "auto", stop)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def decode(run: Path) -> None:
+    """Decode the preview latents of RUN to PNG, with a contact sheet."""
+    from flux2_relay.pipeline import commands
+
+    commands.decode(run)
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+def report(runs: tuple[Path, ...]) -> None:
+    """Write RUNS' loss curve and previews as one HTML page each."""
+    from flux2_relay.pipeline import commands
+
+    commands.report(runs)
+
+
+def main() -> None:
+    """Run a command; a RelayError is a sentence on stderr and its exit status, without a traceback."""
+    signals.listen()
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(InputError.exit_status)
+    except RelayError as error:
+        _complain(str(error))
+        sys.exit(error.exit_status)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; everything committed so far is kept, and the same command goes on from there")
+        sys.exit(signals.INTERRUPTED)
+    except signals.Terminated as leaving:
+        _complain("asked to stop; everything committed so far is kept, and the same command goes on from there")
+        sys.exit(leaving.exit_status)
+
+
+def _complain(sentence: str) -> None:
+    click.echo(f"relay: {sentence}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What each command does: the config taken apart and handed to one stage, the result said in a sentence.
+
+A stage is imported when its command runs and never beside another: each is its own process.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.pipeline import run_folder
+from flux2_relay.pipeline.config import Config
+from flux2_relay.pipeline.run_folder import RunFolder, say
+
+if TYPE_CHECKING:
+    from flux2_relay.stages.folders import ModelFolders
+    from flux2_relay.stages.spec import TransformerSpec
+
+
+def encode(config: Config) -> None:
+    """Stage one."""
+    from flux2_relay import cache
+    from flux2_relay.pipeline.request import set_request
+    from flux2_relay.stages import folders
+    from flux2_relay.stages.encode import stage
+    from flux2_relay.stages.encode.dataset import read_samples
+    from flux2_relay.stages.encode.entries import Prompt
+
+    _say_blas()
+    options = config.previews
+    prompts = [
+        Prompt(text=p.prompt, negative=p.negative or "", size=p.size or options.size, seed=p.seed or 0)
+        for p in options.pictures()
+    ]
+    samples = read_samples(config.data)  # every fault of the data, before anything is created or loaded
+    model = config.model
+    job = stage.Job(
+        store=cache.open(config.cache.path, "a", codec=config.cache.codec),
+        name=config.run.name,
+        request=set_request(config),
+        folders=folders.find(model.path, model.text_encoder, model.tokenizer, model.vae),
+        samples=samples,
+        prompts=prompts,
+        encode=config.encode,
+        text_dtype=config.cache.dtype,
+        latents_dtype=config.cache.latents_dtype,
+        seed=config.run.seed,
+        say=say,
+    )
+    _check_model(config, job.folders)
+    done = stage.encode(job)
+    say(
+        f"{config.cache.path}: encoded {done.captions} captions and {done.images} images, "
+        f"{done.present} entries were there; set {done.set[:12]} is complete"
+    )
+
+
+def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
+    """Stage two."""
+    from flux2_relay import cache
+    from flux2_relay.pipeline.request import find_set
+    from flux2_relay.stages import folders
+    from flux2_relay.stages.train import loop
+
+    store = cache.open(config.cache.path, "r")
+    record = find_set(store, config)
+    missing = store.missing(record)
+    if missing:
+        counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
+        raise InputError(
+            f"{config.cache.path}: {counts} that this config needs are missing; run `relay encode`, it makes only those"
+        )
+    model = config.model
+    places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
+    spec, distilled = _check_model(config, places)
+    _check_encoder(places, record.body["identities"]["encoder"])
+    run = run_folder.create(config, resume)
+    if _is_finished(run, config.train.steps):
+        say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
+        return
+    _say_blas()
+    job = loop.Job(
+        store=store,
+        record=record,
+        folder=run.path,
+        seed=config.run.seed,
+        lora=config.lora,
+        train=config.train,
+        save=config.save,
+        previews=config.previews,
+        distilled=distilled,
+        metadata=_metadata(config, record.key),
+        resume=resume,
+        max_steps=max_steps,
+        stop=stop,
+    )
+    bits = 16 if config.memory.bits == "auto" else config.memory.bits
+    done = loop.run(job, places, spec, bits, run)
+    say(f"{done} of {config.train.steps} steps done; the adapter is {run.adapter}")
+
+
+def decode(path: Path) -> None:
+    """Preview latents of a run to PNG."""
+    from flux2_relay.stages import folders
+    from flux2_relay.stages.decode import stage
+
+    run, config = run_folder.open_run(path)
+    _say_blas()
+    model = config.model
+    made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say)
+    say(f"decoded {len(made)} previews; the contact sheet is {run.path / 'previews' / 'sheet.png'}")
+
+
+def report(paths: tuple[Path, ...]) -> None:
+    """One HTML page a run."""
+    from flux2_relay.pipeline.report import write_report
+
+    for path in paths:
+        run, config = run_folder.open_run(path)
+        say(f"the report is {write_report(run, config)}")
+
+
+def _check_model(config: Config, places: "ModelFolders") -> "tuple[TransformerSpec, bool]":
+    """The transformer's spec and whether it is distilled, if the folder holds what `model.name` says."""
+    from flux2_relay.stages import spec
+
+    transformer, distilled = spec.read_transformer_spec(places.transformer), spec.read_distilled(places.root)
+    spec.check_name(config.model.name, transformer, distilled, places.root)
+    return transformer, distilled
+
+
+def _check_encoder(places: "ModelFolders", encoded_with: str) -> None:
+    """Refuse to train on captions of another encoder than the one that stands beside the transformer.
+
+    A training machine need not have an encoder; where it has one that was never hashed, it is not hashed for this.
+    """
+    from flux2_relay.stages import identity, spec
+    from flux2_relay.stages.encode import encoder_weights
+
+    if not (places.text_encoder / "config.json").is_file():
+        return
+    text = spec.read_text_spec(places.text_encoder)
+    tensors = encoder_weights.open_encoder(places.text_encoder, text)
+    if identity.is_cheap(tensors) and encoder_weights.encoder_identity(tensors, text) != encoded_with:
+        raise InputError(
+            f"{places.text_encoder} is another text encoder than the one this store's captions were encoded with; "
+            "run `relay encode` to encode them with it, or put the encoder of then back"
+        )
+
+
+def _is_finished(run: RunFolder, steps: int) -> bool:
+    from flux2_relay.stages.train import checkpoint
+
+    saved = checkpoint.saved(run.path / "checkpoints")
+    return run.adapter.exists() and bool(saved) and int(saved[-1].name) >= steps
+
+
+def _metadata(config: Config, key: str) -> dict[str, str]:
+    """What the adapter's file says of itself; strings only, as safetensors has it."""
+    triggers = [options.trigger for options in config.data if options.trigger]
+    return {
+        "flux2_relay.version": version("flux2-relay"),
+        "flux2_relay.base": config.model.path.rstrip("/").rpartition("/")[2],
+        "flux2_relay.rank": str(config.lora.rank),
+        "flux2_relay.alpha": str(config.lora.alpha),
+        "flux2_relay.trigger": ", ".join(triggers),
+        "flux2_relay.set": key,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": config.run.name,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _say_blas() -> None:
+    from flux2_relay.stages import blas
+
+    say(blas.describe())

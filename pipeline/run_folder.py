@@ -1,0 +1,93 @@
+"""The run folder: the resolved config, a line of metrics a step, and where everything else of a run lies.
+
+config.yaml          as resolved        metrics.jsonl        a line a step
+checkpoints/STEP/    to go on from      adapter.safetensors  for other programs
+previews/            latents and PNGs   report.html
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.pipeline.config import Config, dump_config, load_config
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run's folder; also the journal that stage two writes to."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The file with a JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter in diffusers names, written when a training ends."""
+        return self.path / "adapter.safetensors"
+
+    def write(self, line: Mapping[str, object]) -> None:
+        """Append one step's metrics."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to `step` alone: what a killed process did after its last checkpoint is done again."""
+        if not self.metrics.exists():
+            return
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        aside = self.metrics.with_suffix(".part")
+        aside.write_text("".join(kept), "utf-8")
+        os.replace(aside, self.metrics)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of metrics; one that a kill cut off ends the file."""
+        if not self.metrics.exists():
+            return
+        with open(self.metrics, encoding="utf-8") as file:
+            for text in file:
+                try:
+                    yield json.loads(text)
+                except ValueError:
+                    return
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence and keep it in the run's log."""
+        say(sentence)
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(sentence + "\n")
+
+
+def create(config: Config, resume: bool) -> RunFolder:
+    """The folder of the run that `config` names, with the resolved config in it."""
+    folder = RunFolder(config.run.folder)
+    if not resume and folder.path.exists():
+        raise InputError(
+            f"{folder.path} exists already and --resume is never; "
+            "choose another run.name, or let it resume (--resume auto)"
+        )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    aside = folder.path / "config.part"
+    aside.write_text(dump_config(config), "utf-8")
+    os.replace(aside, folder.path / "config.yaml")
+    return folder
+
+
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """An existing run folder and its config."""
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: is no run folder (it has no config.yaml); `relay train` makes one")
+    return RunFolder(path), load_config(path / "config.yaml")
+
+
+def say(sentence: str) -> None:
+    """Print a sentence for the user without tearing a progress bar apart."""
+    from tqdm import tqdm  # only here: `relay --help` needs none
+
+    tqdm.write(sentence)

@@ -1,0 +1,94 @@
+"""Previews: latents that stage two left in the run folder, to PNG; only the VAE's decoder half is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import vae
+from flux2_relay.stages.decode.sheet import contact_sheet
+from flux2_relay.stages.folders import ModelFolders
+from flux2_relay.stages.one_model import in_turn, say_loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One preview: step and prompt number as its file name has them, the prompt, and the picture's place."""
+
+    step: int
+    number: int
+    latents: Path
+
+    @property
+    def picture(self) -> Path:
+        """Where the PNG lies."""
+        return self.latents.with_suffix(".png")
+
+
+def previews(folder: Path) -> list[Preview]:
+    """The previews of a run folder by step, then prompt."""
+    found = []
+    for path in sorted((folder / "previews").glob("*.safetensors")):
+        step, _, number = path.stem.partition("-")
+        if step.isdigit() and number.isdigit():
+            found.append(Preview(int(step), int(number), path))
+    return found
+
+
+def decode(folder: Path, folders: ModelFolders, say: Callable[[str], None]) -> list[Path]:
+    """Decode what has no picture yet and draw the contact sheet -> the pictures made now.
+
+    The VAE is not loaded where nothing is to do. InputError names latents that cannot be read.
+    """
+    every = previews(folder)
+    if not every:
+        raise InputError(f"{folder / 'previews'}: holds no preview latents; set previews.prompts and train")
+    todo = [preview for preview in every if not _is_current(preview)]
+    if todo:
+        in_turn("VAE decoder", partial(_decode, todo, folders, say), say)
+    contact_sheet(every_picture(every), folder / "previews" / "sheet.png")
+    return [preview.picture for preview in todo]
+
+
+def every_picture(every: list[Preview]) -> dict[tuple[int, int], Path]:
+    """The pictures by (prompt number, step)."""
+    return {(preview.number, preview.step): preview.picture for preview in every}
+
+
+def _is_current(preview: Preview) -> bool:
+    picture = preview.picture
+    return picture.exists() and picture.stat().st_mtime_ns >= preview.latents.stat().st_mtime_ns
+
+
+def _decode(todo: list[Preview], folders: ModelFolders, say: Callable[[str], None]) -> None:
+    decoder = vae.load_decoder(folders.root, folders.vae)
+    say_loaded("VAE decoder (float32)", say)
+    for preview in tqdm(todo, desc="previews", unit="picture", dynamic_ncols=True):
+        latents, metadata = _read(preview.latents)
+        pixels = to_pixels(decoder.decode(latents[None])[0])
+        told = PngInfo()
+        for name, value in metadata.items():
+            told.add_text(name, value)
+        aside = preview.picture.with_suffix(".part")
+        Image.fromarray(pixels).save(aside, "PNG", pnginfo=told)
+        aside.replace(preview.picture)
+
+
+def _read(path: Path) -> tuple[mx.array, dict[str, str]]:
+    try:
+        values, metadata = mx.load(str(path), return_metadata=True)
+        return values["latents"], metadata
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as preview latents ({error}); delete it and decode again") from None
+
+
+def to_pixels(image: mx.array) -> np.ndarray:
+    """[H, W, 3] in about [-1, 1] -> uint8, as diffusers rounds it."""
+    return np.array(mx.round(255 * mx.clip(image / 2 + 0.5, 0, 1)).astype(mx.uint8))

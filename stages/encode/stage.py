@@ -1,0 +1,215 @@
+"""Stage one: captions and pictures into the store, one model at a time.
+
+The set is published first, then filled: it is the progress record, the pin against garbage collection and all that
+stage two reads. What is in the store already is not encoded again; when nothing is missing, no model is loaded.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from os import environ
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from flux2_relay.cache import Store
+from flux2_relay.cache.errors import InputError, RelayError
+from flux2_relay.cache.sets import SetRecord
+from flux2_relay.cache.writer import Writer
+from flux2_relay.stages import identity, measure, vae
+from flux2_relay.stages.encode import images
+from flux2_relay.stages.encode.dataset import Sample
+from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
+from flux2_relay.stages.encode.entries import (
+    LatentsIdentity,
+    LatentsWant,
+    Prompt,
+    TextIdentity,
+    Wanted,
+    wanted,
+)
+from flux2_relay.stages.encode.options import EncodeOptions
+from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
+from flux2_relay.stages.encode.text import TextEncoder, load_text_encoder
+from flux2_relay.stages.folders import ModelFolders
+from flux2_relay.stages.one_model import in_turn, say_loaded
+from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
+from flux2_relay.stages.weights import Tensors, listing, open_tensors
+
+_ROUNDS = 3  # how often entries that vanish while we encode are made again before we give up
+
+environ.setdefault("MLX_ENABLE_TF32", "0")  # stage one runs once: float32 means float32, on every device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What to encode, with what, and into which store."""
+
+    store: Store
+    name: str
+    request: Mapping[str, object]  # what names the set: see `pipeline.request`
+    folders: ModelFolders
+    samples: Sequence[Sample]
+    prompts: Sequence[Prompt]
+    encode: EncodeOptions
+    text_dtype: str
+    latents_dtype: str
+    seed: int
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a run of stage one did."""
+
+    set: str
+    captions: int  # encoded now, shared rows not counted
+    images: int
+    present: int  # entries that were there before
+
+
+def encode(job: Job) -> Encoded:
+    """Fill the store with every entry that the job needs.
+
+    InputError names pictures that turned out unreadable; everything else is committed before it is raised.
+    """
+    text_spec, vae_spec = read_text_spec(job.folders.text_encoder), read_vae_spec(job.folders.vae)
+    tokenizer = load_tokenizer(job.folders.tokenizer, text_spec)
+    encoder_tensors = open_encoder(job.folders.text_encoder, text_spec)
+    text, latents = identities(job, text_spec, vae_spec, tokenizer, encoder_tensors)
+    want = wanted(job.samples, job.prompts, text, latents, job.seed)
+    record = _publish_set(job, text, latents, want)
+    missing = job.store.missing(record, patient=False)
+    first = {kind: set(keys) for kind, keys in missing.items()}
+    bad: list[str] = []
+    for _ in range(_ROUNDS):
+        if not missing:
+            break
+        if keys := missing.get("text"):
+            texts = {key: want.text[key] for key in keys}
+            in_turn("text encoder", partial(_encode_text, job, text_spec, tokenizer, texts), job.say)
+        if keys := missing.get("latents"):
+            bad = in_turn("VAE encoder", partial(_encode_latents, job, {k: want.latents[k] for k in keys}), job.say)
+        missing = job.store.missing(record, patient=False)
+        if bad:
+            raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
+    if missing:
+        counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
+        raise RelayError(f"{job.store.path}: entries keep vanishing ({counts}); is something else deleting them?")
+    captions = sum(want.text[key]["caption"] is not None for key in first.get("text", ()))
+    pictures = len(first.get("latents", ()))
+    present = len(want.text) + len(want.latents) - sum(map(len, first.values()))
+    return Encoded(record.key, captions, pictures, present)
+
+
+def identities(
+    job: Job, text_spec: TextSpec, vae_spec: VaeSpec, tokenizer: CaptionTokenizer, tensors: Tensors
+) -> tuple[TextIdentity, LatentsIdentity]:
+    """What the keys say of both models; hashes weights that this machine has not hashed before."""
+    if not identity.is_remembered(tensors):
+        size = sum(info.end - info.start for info in tensors.info.values())
+        job.say(f"hashing {measure.in_words(size)} of text encoder weights (once on this machine)")
+    text = TextIdentity(
+        encoder=encoder_identity(tensors, text_spec),
+        tokenizer=tokenizer.file_sha256,
+        template=tokenizer.template.identity(),
+        taps=text_spec.taps,
+        length=text_spec.length,
+        bits=job.encode.bits,
+        dtype=job.text_dtype,
+        shares_rows=tokenizer.shares_rows,
+    )
+    of_vae = vae_identity(open_tensors(job.folders.vae), vae_spec)
+    return text, LatentsIdentity(vae=of_vae, tf32=uses_tf32(), dtype=job.latents_dtype)
+
+
+def vae_identity(tensors: Tensors, spec: VaeSpec) -> str:
+    """Identity of a VAE as an encoder: its encoder half, quant_conv and batch-norm statistics."""
+    return identity.weights_identity(tensors, vae.encoder_tensor_names(spec), vae.identity_config(spec))
+
+
+def uses_tf32() -> bool:
+    """Whether float32 products may be rounded to TF32 on this device."""
+    return mx.default_device() == mx.Device(mx.gpu) and environ.get("MLX_ENABLE_TF32", "1") != "0"
+
+
+def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: Wanted) -> SetRecord:
+    body = {
+        "name": job.name,
+        "request": job.request,
+        "identities": {
+            "encoder": text.encoder,
+            "tokenizer": text.tokenizer,
+            "template": text.template,
+            "vae": latents.vae,
+        },
+        "shared": want.shared,
+        "samples": want.samples,
+        "prompts": want.prompts,
+    }
+    return job.store.open_set(job.store.publish_set(body, _made()))
+
+
+def _encode_text(
+    job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: Mapping[str, Mapping[str, object]]
+) -> None:
+    encoder = load_text_encoder(job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer)
+    say_loaded(f"text encoder ({len(encoder.layers)} of {spec.layers} layers, {job.encode.bits} bit)", job.say)
+    captions = [str(key["caption"]) for key in wants.values() if key["caption"] is not None]
+    by_caption = {key["caption"]: key for key in wants.values()}
+    with Writer(job.store) as writer:
+        for key, rows in _shared(encoder, wants):
+            writer.put("text", key, _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]})
+        with tqdm(
+            total=len(captions), desc="captions", unit="caption", dynamic_ncols=True, disable=not captions
+        ) as bar:
+            for index, rows in encoder.rows(captions, job.encode.batch_tokens):
+                made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
+                writer.put("text", by_caption[captions[index]], _stored(rows, job.text_dtype), made)
+                bar.update()
+
+
+def _shared(
+    encoder: TextEncoder, wants: Mapping[str, Mapping[str, object]]
+) -> Iterator[tuple[Mapping[str, object], mx.array]]:
+    """The prefix and pad rows, where they are wanted."""
+    keys = {key["rows"]: key for key in wants.values() if key["rows"] in ("prefix", "pad")}
+    if keys:
+        prefix, pad = encoder.shared_rows()
+        yield from ((keys[name], rows) for name, rows in (("prefix", prefix), ("pad", pad)) if name in keys)
+
+
+def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
+    """Encode pictures one at a time -> what is wrong with those that could not be read."""
+    encoder = vae.load_encoder(job.folders.root, job.folders.vae)
+    say_loaded("VAE encoder (float32)", job.say)
+    bad = []
+    with Writer(job.store) as writer:
+        for want in tqdm(wants.values(), desc="images", unit="image", dynamic_ncols=True):
+            try:
+                pixels = images.read_pixels(want.image, want.placement, want.background)
+                latents = encoder.encode(mx.array(pixels)[None])[0]
+            except RelayError as error:
+                bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")
+                continue
+            writer.put("latents", want.key, _stored(latents, job.latents_dtype), _made())
+    return bad
+
+
+def _stored(array: mx.array, dtype: str) -> np.ndarray:
+    """An array as the store takes it: bfloat16 as its bits."""
+    if dtype == "bfloat16":
+        return np.array(array.astype(mx.bfloat16).view(mx.uint16))
+    return np.array(array.astype({"float16": mx.float16, "float32": mx.float32}[dtype]))
+
+
+def _made() -> dict[str, object]:
+    return {
+        "version": version("flux2-relay"),
+        "mlx": version("mlx"),
+        "device": str(mx.default_device()),
+        "at": datetime.now(UTC).isoformat(),
+    }

@@ -1,0 +1,49 @@
+"""One model at a time: a stage's turn with a model, from loading it to having its memory back."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import mlx.core as mx
+
+from flux2_relay.stages import measure
+
+Result = TypeVar("Result")
+
+_held: list[str] = []
+
+
+def in_turn(name: str, work: Callable[[], Result], say: Callable[[str], None]) -> Result:
+    """Run `work`, which loads the model `name` and lets go of it when it returns; say what memory that took.
+
+    Peak memory is the larger model, never the sum: a second model while one is held is a mistake of ours.
+    """
+    if _held:
+        raise RuntimeError(f"{name} was to be loaded while {_held[-1]} is still held")
+    before, started = mx.get_active_memory(), time.perf_counter()
+    mx.reset_peak_memory()
+    _held.append(name)
+    try:
+        return work()
+    finally:
+        _held.clear()
+        peak = mx.get_peak_memory()
+        release()
+        say(
+            f"{name} released after {time.perf_counter() - started:.1f} s; arrays: "
+            f"{measure.in_words(before)} before, {measure.in_words(peak)} at the peak, "
+            f"{measure.in_words(mx.get_active_memory())} now; process: {measure.in_words(measure.resident_bytes())} now"
+        )
+
+
+def say_loaded(what: str, say: Callable[[str], None]) -> None:
+    """Tell what stands in memory once a model is loaded."""
+    say(f"{what} loaded; arrays: {measure.in_words(mx.get_active_memory())}")
+
+
+def release() -> None:
+    """Give back what nobody refers to any more: a lazy result or a compiled function would hold its inputs."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
