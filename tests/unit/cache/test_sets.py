@@ -30,7 +30,7 @@ BODY = {
             "latents": [{"key": K[7], "h": 4, "w": 4, "references": [], "mask": None}],
         },
     ],
-    "prompts": [{"text": K[8], "negative": K[0], "references": [K[9]], "size": [64, 64], "seed": 1}],
+    "prompts": [{"text": K[8], "negative": K[10], "references": [K[9]], "size": [64, 64], "seed": 1}],
 }
 
 
@@ -41,7 +41,7 @@ def store(tmp_path):
 
 def test_needs_names_everything_once_in_order():
     assert needs(BODY) == {
-        "text": [K[0], K[1], K[2], K[3], K[8]],
+        "text": [K[0], K[1], K[2], K[3], K[8], K[10]],
         "latents": [K[4], K[5], K[7], K[9]],
         "masks": [K[6]],
     }
