@@ -14,6 +14,7 @@ from tqdm import tqdm
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import vae
 from flux2_relay.stages.decode.sheet import contact_sheet
+from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 
@@ -71,22 +72,14 @@ def _decode(todo: list[Preview], folders: ModelFolders, say: Callable[[str], Non
     decoder = vae.load_decoder(folders.root, folders.vae)
     say_loaded("VAE decoder (float32)", say)
     for preview in tqdm(todo, desc="previews", unit="picture", dynamic_ncols=True):
-        latents, metadata = _read(preview.latents)
-        pixels = to_pixels(decoder.decode(latents[None])[0])
+        values, metadata = read_tensors(preview.latents)
+        pixels = to_pixels(decoder.decode(values["latents"][None])[0])
         told = PngInfo()
         for name, value in metadata.items():
             told.add_text(name, value)
         aside = preview.picture.with_suffix(".part")
         Image.fromarray(pixels).save(aside, "PNG", pnginfo=told)
         aside.replace(preview.picture)
-
-
-def _read(path: Path) -> tuple[mx.array, dict[str, str]]:
-    try:
-        values, metadata = mx.load(str(path), return_metadata=True)
-        return values["latents"], metadata
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as preview latents ({error}); delete it and decode again") from None
 
 
 def to_pixels(image: mx.array) -> np.ndarray:

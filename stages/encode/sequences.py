@@ -4,6 +4,7 @@ Letters: B captions of a group, n rows, P prefix rows, H hidden, C = taps * H.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,14 +38,14 @@ class PrefixRows(Rows):
 
     def step(self, layer: nn.Module) -> None:
         """Causal attention among the prefix."""
-        self._cache = KVCache()
-        self.hidden = layer(self.hidden, "causal", self._cache)
+        cache = KVCache()
+        self.hidden = layer(self.hidden, "causal", cache)
+        self._kept = cast(tuple[mx.array, mx.array], cache.keys_and_values())
 
     def cache_for(self, captions: int) -> KVCache:
         """A cache that holds the prefix's keys and values of the current layer, for a group of captions."""
-        keys, values = self._cache.keys_and_values()
         cache = KVCache()
-        cache.update_and_fetch(mx.repeat(keys, captions, axis=0), mx.repeat(values, captions, axis=0))
+        cache.update_and_fetch(*(mx.repeat(kept, captions, axis=0) for kept in self._kept))
         return cache
 
 
@@ -57,7 +58,8 @@ class PadRow(Rows):
 
     def step(self, layer: nn.Module) -> None:
         """x + MLP(norm(x))."""
-        self.hidden = self.hidden + layer.mlp(layer.post_attention_layernorm(self.hidden))
+        mlp, norm = cast(nn.Module, layer.mlp), cast(nn.Module, layer.post_attention_layernorm)
+        self.hidden = self.hidden + mlp(norm(self.hidden))
 
 
 class CaptionRows(Rows):

@@ -66,7 +66,9 @@ class TextEncoder:
 
     def shared_rows(self) -> tuple[mx.array, mx.array]:
         """The prefix rows [P, C] and the pad row [1, C] that all captions share."""
-        prefix, pad = shared = self._shared()
+        shared = self._shared()
+        assert shared  # asked only where `shares_rows`
+        prefix, pad = shared
         self._run(shared)
         return prefix.tapped()[0], pad.tapped()[0]
 
@@ -126,7 +128,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder of `model_dir` (or of `folder`, with a tokenizer), layers up to the last tap, at `bits`.
 
-    Computes in float32 at 32 bits, else in bfloat16. InputError lists all tensors that are missing, surplus or misshapen.
+    Computes in float32 at 32 bits, else in bfloat16. InputError lists tensors that do not fit.
     """
     tokenizer = tokenizer or load_tokenizer(Path(model_dir).expanduser() / "tokenizer", spec)
     tensors = encoder_weights.open_encoder(folder or Path(model_dir).expanduser() / "text_encoder", spec)

@@ -162,8 +162,9 @@ def _backward(block: Callable) -> Callable:
             full = {name: (*factors[name], scale) for name, (_, _, scale) in adapters.items()}
             out = block(weights, full, inputs, modulation, rotary)
             # The derivative of <out, cotangent> is the pulled-back cotangent.
-            pairs = zip(out, cotangent, strict=True) if isinstance(out, tuple) else [(out, cotangent)]
-            return sum(mx.sum(y * g) for y, g in pairs)
+            if isinstance(out, tuple):
+                return mx.sum(out[0] * cotangent[0]) + mx.sum(out[1] * cotangent[1])
+            return mx.sum(out * cotangent)
 
         factors = {name: (a, b) for name, (a, b, _) in adapters.items()}
         return mx.grad(scalar, argnums=(0, 1))(factors, inputs)

@@ -107,7 +107,7 @@ def double_block(
     shift_t, scale_t, gate_t, mlp_shift_t, mlp_scale_t, mlp_gate_t = mx.split(modulation[1][:, None], 6, axis=-1)
     of_image = query_key_value(modulate(image, shift_i, scale_i, spec.eps), _IMAGE, weights, adapters, spec)
     of_text = query_key_value(modulate(text, shift_t, scale_t, spec.eps), _TEXT, weights, adapters, spec)
-    query, key, value = (mx.concatenate(pair, axis=2) for pair in zip(of_text, of_image, strict=True))
+    query, key, value = (mx.concatenate([t, i], axis=2) for t, i in zip(of_text, of_image, strict=True))
     out_text, out_image = mx.split(attend(query, key, value, rotary), [text.shape[1]], axis=1)
     image = image + gate_i * linear(out_image, "attn.to_out.0", weights, adapters)
     text = text + gate_t * linear(out_text, "attn.to_add_out", weights, adapters)

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from flux2_relay.cache import durable
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages.train.files import read_tensors, write_json, write_tensors
+from flux2_relay.stages.files import read_tensors, write_json, write_tensors
 
 _ASIDE = ".new-"
 

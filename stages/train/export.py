@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flux2_relay.stages.train.files import write_tensors
+from flux2_relay.stages.files import write_tensors
 from flux2_relay.stages.train.transformer import Transformer
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flux2_relay.cache import Store
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
+from flux2_relay.stages.files import write_tensors
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
@@ -26,7 +27,6 @@ from flux2_relay.stages.train.backprop import loss_and_gradients
 from flux2_relay.stages.train.batches import Batches, Draw, Loaded, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.export import DTYPES, write_diffusers
-from flux2_relay.stages.train.files import write_tensors
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, PreviewOptions, SaveOptions, TrainOptions
 from flux2_relay.stages.train.sample import Picture, draw
@@ -171,7 +171,7 @@ class _Run:
             losses.append(loss)
             sigmas += [sigma for sigma, _ in of_pass]
         count = len(loaded.passes)
-        return sum(losses) / count, {name: value / count for name, value in sums.items()}, sigmas
+        return mx.mean(mx.stack(losses)), {name: value / count for name, value in sums.items()}, sigmas
 
     def _draw(self, step: int, drawn: Draw, batch: Batch) -> tuple[float, mx.array]:
         return objective.draw(self.job.seed, step, drawn.place, batch.latents.shape[1:], self.job.train)
@@ -191,7 +191,7 @@ class _Run:
             return
         names = ", ".join(sorted({drawn.item.id for draws, _ in loaded.passes for drawn in draws}))
         raise RelayError(
-            f"step {loaded.step + 1}: the loss is {loss.item()}, the gradient's norm {norm.item()}; the batch was {names}. "
+            f"step {loaded.step + 1}: loss {loss.item()}, norm of the gradient {norm.item()}; the batch was {names}. "
             f"The adapter was left as it was before the step; a lower train.lr is the usual remedy. "
             f"Start again to go on from the checkpoint of step {self.saved}."
         )

@@ -88,7 +88,7 @@ def clip(gradients: Parameters, limit: float) -> tuple[Parameters, mx.array]:
 
     Source: torch `clip_grad_norm_`, 1e-6 in the denominator included.
     """
-    norm = mx.sqrt(sum(mx.sum(mx.square(value)) for value in gradients.values()))
+    norm = mx.sqrt(mx.sum(mx.stack([mx.sum(mx.square(value)) for value in gradients.values()])))
     if limit == 0:
         return gradients, norm
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)

@@ -25,7 +25,7 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """What sigma and guidance say to all blocks of a kind: `image`, `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
+    """What sigma and guidance tell the blocks: `image`, `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
 
     image: mx.array
     text: mx.array
@@ -126,7 +126,7 @@ def text_ids(rows: int) -> mx.array:
 
 
 def image_ids(height: int, width: int, time: int = 0) -> mx.array:
-    """Position ids [height * width, 4] of an image in tokens: (t, row, column, 0), row-major; reference k: t = 10 + 10k."""
+    """Position ids [height * width, 4] of an image, row-major: (t, row, column, 0); reference k has t = 10 + 10k."""
     rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
     return mx.array(np.stack([np.full_like(rows, time), rows, columns, np.zeros_like(rows)], axis=-1))
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -32,7 +33,7 @@ def write_tensors(path: Path, values: Mapping[str, mx.array], metadata: Mapping[
 def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors, evaluated, and the metadata of a safetensors file; InputError where it is not whole."""
     try:
-        values, metadata = mx.load(str(path), return_metadata=True)
+        values, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(path), return_metadata=True))
         mx.eval(values)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); it is damaged or no safetensors file") from None
