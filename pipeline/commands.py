@@ -23,7 +23,7 @@ def encode(config: Config) -> None:
     """Stage one."""
     from flux2_relay import cache
     from flux2_relay.pipeline.request import set_request
-    from flux2_relay.stages import folders
+    from flux2_relay.stages import folders, memory
     from flux2_relay.stages.encode import stage
     from flux2_relay.stages.encode.dataset import read_samples
     from flux2_relay.stages.encode.entries import Prompt
@@ -47,6 +47,7 @@ def encode(config: Config) -> None:
         text_dtype=config.cache.dtype,
         latents_dtype=config.cache.latents_dtype,
         seed=config.run.seed,
+        budget_bytes=memory.budget_bytes(config.memory.budget),
         say=say,
     )
     _check_model(config, job.folders)

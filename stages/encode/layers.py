@@ -4,7 +4,10 @@ Their arguments are built from our own spec: mlx-lm's config reader for Mistral 
 silently take another rotary base. Weights keep the layout of `mlx.nn.quantize`.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,6 +71,46 @@ def decoder_layer(tensors: Tensors, number: int, spec: TextSpec, bits: int) -> n
     if bits < 16:
         nn.quantize(layer, group_size=GROUP, bits=bits, class_predicate=_divides)
     return layer
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedLayers:
+    """The layers up to the last tap, read from disk anew each time they are gone through, one ahead."""
+
+    tensors: Tensors
+    spec: TextSpec
+    bits: int
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Layer by layer; whoever iterates must let go of a layer before asking for the next."""
+        with ThreadPoolExecutor(1, thread_name_prefix="layers") as pool:
+            ahead = pool.submit(self._load, 0)
+            for number in range(1, self.spec.taps[-1]):
+                layer, ahead = ahead.result(), pool.submit(self._load, number)
+                yield layer
+                del layer
+            yield ahead.result()
+
+    def _load(self, number: int) -> nn.Module:
+        layer = decoder_layer(self.tensors, number, self.spec, self.bits)
+        mx.eval(layer.parameters())
+        return layer
+
+
+def resident_layers(tensors: Tensors, spec: TextSpec, bits: int) -> list[nn.Module]:
+    """The layers up to the last tap, all in memory; read one by one, so that never two stand unquantized."""
+    layers = []
+    for number in range(spec.taps[-1]):
+        layers.append(decoder_layer(tensors, number, spec, bits))
+        mx.eval(layers[-1].parameters())
+    return layers
+
+
+def layer_bytes(spec: TextSpec, bits: int) -> int:
+    """What one layer takes in memory at `bits`; scales and biases of a group are 4 bytes."""
+    per_weight = bits / 8 if bits >= 16 else bits / 8 + 4 / GROUP
+    sizes = ((shape, math.prod(shape)) for shape in layer_shapes(spec).values())
+    return int(sum(size * (per_weight if len(shape) == 2 else 2) for shape, size in sizes))
 
 
 def _divides(path: str, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ class EncodeOptions:
     bits: Literal[32, 16, 8, 6, 4] = 8
     """Width of the encoder's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized."""
 
-    stream: Literal["auto", "never", "always"] = field(default="auto", metadata={"supported": ("auto",)})
+    stream: Literal["auto", "never", "always"] = "auto"
     """Read the encoder layer by layer from disk, over the whole data set; `auto`: by `memory.budget`."""
 
     batch_tokens: int = field(default=8192, metadata={"min": 1})

@@ -20,6 +20,11 @@ class Rows:
         self.hidden = hidden
         self._taps: list[mx.array] = []
 
+    @property
+    def tokens(self) -> int:
+        """Captions' tokens in here, as a progress bar counts them."""
+        return 0
+
     def step(self, layer: nn.Module) -> None:
         """Go through one decoder layer."""
         raise NotImplementedError
@@ -76,6 +81,11 @@ class CaptionRows(Rows):
         for row, (index, length) in enumerate(zip(self.indices, self.lengths, strict=True)):
             yield index, tapped[row, : self._kept(length)]
 
+    @property
+    def tokens(self) -> int:
+        """The rows that are kept."""
+        return sum(map(self._kept, self.lengths))
+
     def _kept(self, length: int) -> int:
         return length
 
@@ -101,7 +111,7 @@ class AllRows(CaptionRows):
         super().__init__(indices, lengths, hidden)
         rows, keys = np.arange(hidden.shape[1])[:, None], np.arange(max(lengths))[None]
         real = keys[None] < np.array(lengths)[:, None, None]
-        self._mask = mx.array((real & (keys <= rows))[:, None])
+        self._mask = mx.array((real & (keys <= rows))[:, None].astype(np.uint8)).astype(mx.bool_)
 
     def step(self, layer: nn.Module) -> None:
         """Attention to real keys only."""

@@ -4,7 +4,7 @@ The set is published first, then filled: it is the progress record, the pin agai
 stage two reads. What is in the store already is not encoded again; when nothing is missing, no model is loaded.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -31,9 +31,10 @@ from flux2_relay.stages.encode.entries import (
     Wanted,
     wanted,
 )
+from flux2_relay.stages.encode.layout import text_layout
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
-from flux2_relay.stages.encode.text import TextEncoder, load_text_encoder
+from flux2_relay.stages.encode.text import load_text_encoder
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
@@ -58,6 +59,7 @@ class Job:
     text_dtype: str
     latents_dtype: str
     seed: int
+    budget_bytes: int
     say: Callable[[str], None]
 
 
@@ -156,30 +158,24 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
 def _encode_text(
     job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: Mapping[str, Mapping[str, object]]
 ) -> None:
-    encoder = load_text_encoder(job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer)
-    say_loaded(f"text encoder ({len(encoder.layers)} of {spec.layers} layers, {job.encode.bits} bit)", job.say)
+    layout = text_layout(spec, job.encode, job.budget_bytes)
+    encoder = load_text_encoder(
+        job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer, layout.streamed
+    )
+    say_loaded(f"text encoder ({layout.in_words(spec, job.encode.bits)})", job.say)
     captions = [str(key["caption"]) for key in wants.values() if key["caption"] is not None]
     by_caption = {key["caption"]: key for key in wants.values()}
-    with Writer(job.store) as writer:
-        for key, rows in _shared(encoder, wants):
-            writer.put("text", key, _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]})
-        with tqdm(
-            total=len(captions), desc="captions", unit="caption", dynamic_ncols=True, disable=not captions
-        ) as bar:
-            for index, rows in encoder.rows(captions, job.encode.batch_tokens):
+    shared = {str(key["rows"]): key for key in wants.values() if key["caption"] is None}
+    total = sum(map(encoder.cost, captions))
+    bar = tqdm(total=total, desc=f"{len(captions)} captions", unit="token", unit_scale=True, dynamic_ncols=True)
+    with Writer(job.store) as writer, bar:
+        for done in encoder.passes(captions, layout.pass_tokens, job.encode.batch_tokens, partial(_advance, bar)):
+            for name, rows in done.shared.items():
+                if key := shared.pop(name, None):
+                    writer.put("text", key, _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]})
+            for index, rows in done.rows:
                 made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
                 writer.put("text", by_caption[captions[index]], _stored(rows, job.text_dtype), made)
-                bar.update()
-
-
-def _shared(
-    encoder: TextEncoder, wants: Mapping[str, Mapping[str, object]]
-) -> Iterator[tuple[Mapping[str, object], mx.array]]:
-    """The prefix and pad rows, where they are wanted."""
-    keys = {key["rows"]: key for key in wants.values() if key["rows"] in ("prefix", "pad")}
-    if keys:
-        prefix, pad = encoder.shared_rows()
-        yield from ((keys[name], rows) for name, rows in (("prefix", prefix), ("pad", pad)) if name in keys)
 
 
 def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
@@ -197,6 +193,10 @@ def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
                 continue
             writer.put("latents", want.key, _stored(latents, job.latents_dtype), _made())
     return bad
+
+
+def _advance(bar: tqdm, tokens: float) -> None:
+    bar.update(tokens)
 
 
 def _stored(array: mx.array, dtype: str) -> np.ndarray:

@@ -3,16 +3,21 @@
 Layers beyond the last tap, the final norm, the head and any vision tower are never read. Decoder layers, KV cache and
 quantization are mlx-lm's; taps, pads, the shared prefix and the order of layers are ours.
 
+Layer by layer. A layer goes over all captions of a pass before the next one is needed, so it may as well come from
+disk: streamed, a 24B encoder runs unquantized in the memory of two layers, each read once a pass. Resident layers take
+the same way, so both give the same numbers.
+
 Exact savings. Where pads see nothing (left of the text), a pad row is one constant, the prefix rows are the same for
 every caption, and only a caption's own tokens are computed. Where pads see the caption (right of the text), all rows
 differ, but keys and values are kept for real tokens alone.
 
-Letters: B captions, T text rows, P prefix rows, n own tokens, C = taps * hidden.
+Letters: B captions of a group, T text rows, P prefix rows, n own tokens, C = taps * hidden.
 Source: diffusers `Flux2Pipeline` and `Flux2KleinPipeline`, `encode_prompt`, on transformers with attention sdpa.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,80 +25,109 @@ import mlx.nn as nn
 import numpy as np
 
 from flux2_relay.stages.context import assemble
-from flux2_relay.stages.encode import encoder_weights, layers, sequences
+from flux2_relay.stages.encode import encoder_weights, sequences
+from flux2_relay.stages.encode.layers import StreamedLayers, resident_layers
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
 
+BATCH_TOKENS = 8192
 _STEP = 16  # captions whose lengths round up to the same multiple run together
+
+Shared = tuple[sequences.PrefixRows, sequences.PadRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass through the layers gave."""
+
+    rows: list[tuple[int, mx.array]]
+    """(index, rows) of each caption: own rows [n, C], or all rows [T, C]."""
+    shared: dict[str, mx.array]
+    """`prefix` [P, C] and `pad` [1, C] where captions share them, else empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """A text encoder in memory up to its last tap; `encode` gives what diffusers' `encode_prompt` gives."""
+    """A text encoder up to its last tap; `encode` gives what diffusers' `encode_prompt` gives."""
 
     spec: TextSpec
     tokenizer: CaptionTokenizer
     tensors: Tensors
-    layers: Sequence[nn.Module]
+    layers: Iterable[nn.Module]
     dtype: mx.Dtype
 
     def encode(self, captions: Sequence[str]) -> mx.array:
         """Captions -> context [B, T, C] in the compute dtype, pads included."""
-        rows = [row for _, row in sorted(self.rows(captions), key=lambda pair: pair[0])]
-        if self.shares_rows:
-            prefix, pad = self.shared_rows()
-            rows = [assemble(own, prefix, pad, self.spec.length) for own in rows]
-        return mx.stack(rows)
+        contexts: dict[int, mx.array] = {}
+        for done in self.passes(captions):
+            for index, rows in done.rows:
+                shared = done.shared
+                contexts[index] = assemble(rows, **shared, length=self.spec.length) if shared else rows
+        return mx.stack([contexts[index] for index in range(len(captions))])
 
-    @property
-    def shares_rows(self) -> bool:
-        """Whether all captions share prefix and pad rows, so that `rows` gives own rows alone."""
-        return self.tokenizer.shares_rows
+    def cost(self, caption: str) -> int:
+        """Tokens that a caption sends through the layers."""
+        return len(self._own(caption)) if self.tokenizer.shares_rows else self.spec.length
 
-    def rows(self, captions: Sequence[str], batch_tokens: int = 8192) -> Iterator[tuple[int, mx.array]]:
-        """(index, rows) of each caption as its pass is done: own rows [n, C], or all rows [T, C].
+    def passes(
+        self,
+        captions: Sequence[str],
+        pass_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: Callable[[float], None] = lambda tokens: None,
+    ) -> Iterator[Pass]:
+        """Each pass as it is done; without captions one pass gives the shared rows alone.
 
-        A pass takes at most `batch_tokens` tokens (one caption at least); captions of similar length run together.
+        A pass holds at most `pass_tokens` tokens (and one caption at least), of which `batch_tokens` run together.
+        `progress` is told tokens, a layer's share of them at a time.
         """
-        own = [self.tokenizer.own(self.tokenizer.ids(caption)) for caption in captions]
-        for part in passes([len(ids) if self.shares_rows else self.spec.length for ids in own], batch_tokens):
+        own = [self._own(caption) for caption in captions]
+        costs = [self.cost(caption) for caption in captions]
+        for part in list(cut(costs, pass_tokens)) or [[]]:
             shared = self._shared()
-            groups = [self._group(indices, own, shared) for indices in self._by_length(part, own)]
-            self._run([*shared, *groups])
-            for group in groups:
-                yield from group.results()
+            groups = [self._group(indices, own, shared) for indices in self._together(part, own, costs, batch_tokens)]
+            self._run([*shared, *groups], progress)
+            named = {name: rows.tapped()[0] for name, rows in zip(("prefix", "pad"), shared, strict=False)}
+            yield Pass([result for group in groups for result in group.results()], named)
 
-    def shared_rows(self) -> tuple[mx.array, mx.array]:
-        """The prefix rows [P, C] and the pad row [1, C] that all captions share."""
-        shared = self._shared()
-        assert shared  # asked only where `shares_rows`
-        prefix, pad = shared
-        self._run(shared)
-        return prefix.tapped()[0], pad.tapped()[0]
+    def _own(self, caption: str) -> list[int]:
+        return self.tokenizer.own(self.tokenizer.ids(caption))
 
-    def _run(self, running: Sequence[sequences.Rows]) -> None:
-        """Every layer over all rows in turn, the prefix first: each layer is needed once a pass."""
-        for number, layer in enumerate(self.layers, start=1):
+    def _run(self, running: Sequence[sequences.Rows], progress: Callable[[float], None]) -> None:
+        """Every layer over all rows in turn, the prefix first."""
+        numbers = count(1)  # `enumerate` would keep hold of the layer before
+        for layer in self.layers:
+            number = next(numbers)
             for rows in running:
                 rows.step(layer)
                 if number in self.spec.taps:
                     rows.tap()
-            mx.eval([rows.hidden for rows in running])
+                mx.eval(rows.hidden)
+                progress(rows.tokens / self.spec.taps[-1])
+            del layer  # before the next one is asked for: streamed layers come one ahead
 
-    def _shared(self) -> tuple[sequences.PrefixRows, sequences.PadRow] | tuple[()]:
-        if not self.shares_rows:
+    def _shared(self) -> Shared | tuple[()]:
+        if not self.tokenizer.shares_rows:
             return ()
         prefix, pad = self.tokenizer.prefix, (self.tokenizer.pad,)
         return sequences.PrefixRows(self._embed([prefix])), sequences.PadRow(self._embed([pad]))
 
-    def _by_length(self, part: Sequence[int], own: Sequence[Sequence[int]]) -> list[list[int]]:
-        groups: dict[int, list[int]] = {}
+    def _together(
+        self, part: Sequence[int], own: Sequence[Sequence[int]], costs: Sequence[int], batch_tokens: int
+    ) -> Iterator[list[int]]:
+        """The captions of a pass by similar length, in groups of at most `batch_tokens` tokens."""
+        by_length: dict[int, list[int]] = {}
         for index in part:
-            groups.setdefault(-(-len(own[index]) // _STEP), []).append(index)
-        return [groups[length] for length in sorted(groups)]
+            by_length.setdefault(-(-len(own[index]) // _STEP), []).append(index)
+        for length in sorted(by_length):
+            alike = by_length[length]
+            for group in cut([costs[index] for index in alike], batch_tokens):
+                yield [alike[place] for place in group]
 
-    def _group(self, indices: list[int], own: Sequence[Sequence[int]], shared: Sequence) -> sequences.CaptionRows:
+    def _group(
+        self, indices: list[int], own: Sequence[Sequence[int]], shared: Shared | tuple[()]
+    ) -> sequences.CaptionRows:
         lengths = [len(own[index]) for index in indices]
         width = max(lengths) if shared else self.spec.length
         filled = [[*own[index], *[self.tokenizer.pad] * (width - len(own[index]))] for index in indices]
@@ -105,7 +139,7 @@ class TextEncoder:
         return encoder_weights.embedding_rows(self.tensors, np.array(ids, dtype=np.int64), self.dtype)
 
 
-def passes(costs: Sequence[int], limit: int) -> Iterator[list[int]]:
+def cut(costs: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Indices in order, cut so that the costs of a part add up to `limit` at most (one item at least)."""
     part: list[int] = []
     total = 0
@@ -125,16 +159,14 @@ def load_text_encoder(
     bits: int = 16,
     folder: Path | None = None,
     tokenizer: CaptionTokenizer | None = None,
+    streamed: bool = False,
 ) -> TextEncoder:
     """The text encoder of `model_dir` (or of `folder`, with a tokenizer), layers up to the last tap, at `bits`.
 
-    Computes in float32 at 32 bits, else in bfloat16. InputError lists tensors that do not fit.
+    Computes in float32 at 32 bits, else in bfloat16. `streamed` reads the layers anew in each pass instead of holding
+    them. InputError lists tensors that do not fit.
     """
     tokenizer = tokenizer or load_tokenizer(Path(model_dir).expanduser() / "tokenizer", spec)
     tensors = encoder_weights.open_encoder(folder or Path(model_dir).expanduser() / "text_encoder", spec)
-    resident = []
-    for number in range(spec.taps[-1]):
-        layer = layers.decoder_layer(tensors, number, spec, bits)
-        mx.eval(layer.parameters())  # one layer at a time: unquantized weights of two never stand side by side
-        resident.append(layer)
-    return TextEncoder(spec, tokenizer, tensors, resident, mx.float32 if bits == 32 else mx.bfloat16)
+    layers = StreamedLayers(tensors, spec, bits) if streamed else resident_layers(tensors, spec, bits)
+    return TextEncoder(spec, tokenizer, tensors, layers, mx.float32 if bits == 32 else mx.bfloat16)

@@ -118,7 +118,7 @@ class TrainOptions:
 class MemoryOptions:
     """What a stage may occupy."""
 
-    budget: Literal["auto"] | int = field(default="auto", metadata={"bytes": True, "above": 0, "supported": ("auto",)})
+    budget: Literal["auto"] | int = field(default="auto", metadata={"bytes": True, "above": 0})
     """Bytes that a stage stays under; `auto` is what the device recommends."""
 
     bits: Literal["auto", 32, 16, 8, 6, 4] = "auto"

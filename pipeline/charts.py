@@ -1,0 +1,190 @@
+"""Charts as inline SVG, drawn from numbers alone; colours are the page's CSS classes, so they follow its scheme.
+
+Letters: n points of a series. Lengths are SVG user units, about a pixel each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+import numpy as np
+
+MOST_POINTS = 1000
+"""Points that a series is thinned to, so that a page of a long run stays small."""
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room around the frame: tick labels on two sides, half a label on two
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """Numbers to draw: x and y [n], as a cloud of points, a line, or a line with a dot at each value."""
+
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+    style: Literal["points", "line", "dots"] = "line"
+    colour: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """One chart; `level` is a horizontal dashed line, and the frame holds zero where `from_zero` says so."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    size: tuple[int, int] = (320, 200)
+    from_zero: bool = False
+    level: float | None = None
+    x_range: tuple[float, float] | None = None
+    note: str = field(default="")
+
+    def svg(self) -> str:
+        """The chart as one `<svg>` element; points above the frame are drawn on its upper edge."""
+        frame = _Frame(self)
+        drawn = [_draw(series, frame) for series in self.series]
+        level = f'<path class="level" d="{frame.horizontal(self.level)}"/>' if frame.holds(self.level) else ""
+        width, height = self.size
+        return (
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.described())}">'
+            f"{frame.axes()}{level}{''.join(drawn)}</svg>"
+        )
+
+    def described(self) -> str:
+        """The chart in words, for those who do not see it."""
+        said = [f"{s.name} from {short(s.y[0])} to {short(s.y[-1])}" for s in self.series if len(s.y)]
+        return f"{self.title}, {self.y_label} over {self.x_label}: {', '.join(said) or 'no values'}"
+
+    def above(self) -> int:
+        """How many values lie above the frame."""
+        top = _Frame(self).y[1]
+        return sum(int(np.count_nonzero(series.y > top)) for series in self.series)
+
+
+class _Frame:
+    """Where values fall on the paper."""
+
+    def __init__(self, chart: Chart) -> None:
+        self.chart = chart
+        xs = np.concatenate([s.x for s in chart.series] or [np.zeros(0)])
+        ys = np.concatenate([s.y for s in chart.series] or [np.zeros(0)])
+        self.x = chart.x_range or _range(xs, pad=0.0)
+        low, high = _range(_without_outliers(ys), pad=0.06)
+        if chart.level is not None and chart.level <= 2 * high:  # a level far away would flatten the curve
+            high = max(high, 1.06 * chart.level)
+        self.y = (0.0, high) if chart.from_zero else (low, high)
+        self.right, self.bottom = chart.size[0] - _RIGHT, chart.size[1] - _BOTTOM
+
+    def place(self, x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+        """Values [n] to points on the paper; what lies outside comes to the edge."""
+        across = np.clip((x - self.x[0]) / (self.x[1] - self.x[0]), 0, 1)
+        up = np.clip((y - self.y[0]) / (self.y[1] - self.y[0]), 0, 1)
+        left, down = _LEFT + across * (self.right - _LEFT), self.bottom - up * (self.bottom - _TOP)
+        return [(float(a), float(b)) for a, b in zip(left, down, strict=True)]
+
+    def holds(self, level: float | None) -> bool:
+        """Whether a level is inside the frame."""
+        return level is not None and self.y[0] <= level <= self.y[1]
+
+    def horizontal(self, level: float | None) -> str:
+        """The path of a line across the frame."""
+        ((_, y),) = self.place(np.array([self.x[0]]), np.array([level], float))
+        return f"M{_LEFT} {y:.1f}H{self.right}"
+
+    def axes(self) -> str:
+        """Grid, tick labels and axis labels."""
+        parts = []
+        for value in ticks(*self.y, 5):
+            ((_, y),) = self.place(np.array([self.x[0]]), np.array([value]))
+            parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{self.right}"/>')
+            parts.append(f'<text class="tick y" x="{_LEFT - 7}" y="{y + 3.5:.1f}">{short(value)}</text>')
+        for value in ticks(*self.x, max(2, (self.right - _LEFT) // 80)):
+            ((x, _),) = self.place(np.array([value]), np.array([self.y[0]]))
+            parts.append(f'<path class="grid" d="M{x:.1f} {self.bottom}v4"/>')
+            parts.append(f'<text class="tick x" x="{x:.1f}" y="{self.bottom + 16}">{short(value)}</text>')
+        middle, height = (_LEFT + self.right) / 2, (_TOP + self.bottom) / 2
+        label_x, label_y = escape(self.chart.x_label), escape(self.chart.y_label)
+        parts.append(f'<path class="axis" d="M{_LEFT} {self.bottom}H{self.right}"/>')
+        parts.append(f'<text class="label" x="{middle:.0f}" y="{self.chart.size[1] - 6}">{label_x}</text>')
+        turned = f'transform="rotate(-90 11 {height:.0f})"'
+        parts.append(f'<text class="label" x="11" y="{height:.0f}" {turned}>{label_y}</text>')
+        return "".join(parts)
+
+
+def _draw(series: Series, frame: _Frame) -> str:
+    x, y = thin(series.x, series.y)
+    points = frame.place(x, y)
+    if not points:
+        return ""
+    dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in points)  # no length, round ends: one path draws them all
+    if series.style == "points" or len(points) == 1:
+        return f'<path class="points {series.colour}" d="{dots}"/>'
+    line = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
+    marks = f'<path class="dots {series.colour}" d="{dots}"/>' if series.style == "dots" else ""
+    return f'<path class="line {series.colour}" d="M{line}"/>{marks}'
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` of the n points, evenly spaced, first and last among them."""
+    if len(x) <= most:
+        return x, y
+    kept = np.linspace(0, len(x) - 1, most).round().astype(int)
+    return x[kept], y[kept]
+
+
+def smooth(y: np.ndarray, window: int) -> np.ndarray:
+    """Mean over `window` neighbours around each value, fewer at both ends: [n] -> [n], no lag, no values lost."""
+    sums = np.concatenate([[0.0], np.cumsum(y, dtype=float)])
+    at = np.arange(len(y))
+    reach = np.minimum(np.minimum(at, len(y) - 1 - at), window // 2)  # symmetric, so a slope is not bent at the ends
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+
+
+def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of y in each bin of x that holds any -> mean x and mean y of those bins."""
+    which = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
+    held = sorted(set(which.tolist()))
+    means = [(x[which == b].mean(), y[which == b].mean()) for b in held]
+    return np.array([m for m, _ in means]), np.array([m for _, m in means])
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values inside [low, high], about `count` of them, a 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """A number as a tick label: 0.25, 1,000, 1e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    if not exponent and abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def _without_outliers(values: np.ndarray) -> np.ndarray:
+    """The values less a few that are far above all others: one slow first step must not flatten the rest."""
+    if len(values) < 10:
+        return values
+    usual = float(np.quantile(values, 0.97))
+    return values[values <= usual] if values.max() > 3 * usual > 0 else values
+
+
+def _range(values: np.ndarray, pad: float) -> tuple[float, float]:
+    """Lowest and highest value with room on both sides; never empty."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        around = abs(high) / 2 or 0.5
+        return low - around, high + around
+    return low - pad * (high - low), high + pad * (high - low)

@@ -1,0 +1,53 @@
+"""How the text encoder fits the memory budget: layers resident or streamed, and how many tokens go in one pass."""
+
+from dataclasses import dataclass
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages.encode.layers import layer_bytes
+from flux2_relay.stages.encode.options import EncodeOptions
+from flux2_relay.stages.measure import in_words
+from flux2_relay.stages.spec import TextSpec
+
+_AT_ONCE = 2  # streamed layers in memory: the one in use and the one being read
+_SCRATCH_ROWS = 3  # hidden-wide and MLP-wide temporaries of a batch, counted in MLP-wide rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLayout:
+    """How captions go through the encoder."""
+
+    streamed: bool
+    weights_bytes: int
+    """Layers in memory at once."""
+    scratch_bytes: int
+    """Temporaries of one batch."""
+    pass_tokens: int
+    """Tokens whose hidden states and taps are held while the layers go by."""
+
+    def in_words(self, spec: TextSpec, bits: int) -> str:
+        """One line for the log."""
+        how = f"streamed, {self.pass_tokens} tokens a pass" if self.streamed else "resident"
+        return f"{spec.taps[-1]} of {spec.layers} layers, {bits} bit, {how}"
+
+
+def text_layout(spec: TextSpec, options: EncodeOptions, budget_bytes: int) -> TextLayout:
+    """The layout that `encode.stream` and the budget ask for; InputError says the smallest budget that works."""
+    item = 4 if options.bits == 32 else 2
+    one = layer_bytes(spec, options.bits)
+    one_read = one + layer_bytes(spec, 16) if options.bits < 16 else one  # quantized from the full layer
+    # A batch computes the MLP's two halves and their product; a whole-context caption also its attention scores.
+    scratch = options.batch_tokens * item * (_SCRATCH_ROWS * spec.mlp_width + 4 * spec.hidden)
+    of_token = item * spec.hidden * (len(spec.taps) + 1)  # hidden states and taps
+    resident = one * spec.taps[-1]
+    all_resident = resident + scratch + of_token * options.batch_tokens
+    streamed = options.stream == "always" or (options.stream == "auto" and all_resident > budget_bytes)
+    weights = one * (_AT_ONCE - 1) + one_read if streamed else resident
+    left = budget_bytes - weights - scratch
+    if left < of_token * spec.length and options.stream != "never":
+        smallest = one + one_read + scratch + of_token * spec.length
+        raise InputError(
+            f"memory.budget: {in_words(budget_bytes)} is too little for the text encoder; {in_words(smallest)} is the "
+            "least that works with this encode.batch_tokens, a smaller one needs less"
+        )
+    tokens = max(options.batch_tokens, left // of_token) if streamed else options.batch_tokens
+    return TextLayout(streamed=streamed, weights_bytes=weights, scratch_bytes=scratch, pass_tokens=tokens)
