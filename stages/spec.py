@@ -158,13 +158,13 @@ def read_transformer_spec(folder: Path) -> TransformerSpec:
         heads=config.integer("num_attention_heads", 48),
         head_dim=config.integer("attention_head_dim", 128),
         context_width=config.integer("joint_attention_dim", 15360),
-        guidance=bool(config.get("guidance_embeds", True)),
+        guidance=config.flag("guidance_embeds", True),
         channels=config.integer("in_channels", 128),
-        mlp_ratio=float(config.get("mlp_ratio", 3.0)),
+        mlp_ratio=config.number("mlp_ratio", 3.0),
         time_channels=config.integer("timestep_guidance_channels", 256),
-        rope_axes=tuple(config.get("axes_dims_rope", (32, 32, 32, 32))),
-        rope_theta=float(config.get("rope_theta", 2000)),
-        eps=float(config.get("eps", 1e-6)),
+        rope_axes=config.integers("axes_dims_rope", (32, 32, 32, 32)),
+        rope_theta=config.number("rope_theta", 2000.0),
+        eps=config.number("eps", 1e-6),
     )
     if sum(spec.rope_axes) != spec.head_dim or any(axis % 2 for axis in spec.rope_axes):
         config.fail(
@@ -178,7 +178,7 @@ def read_transformer_spec(folder: Path) -> TransformerSpec:
 def read_distilled(model_dir: Path) -> bool:
     """Whether `model_index.json` says `is_distilled`; a folder without that file or key is not distilled."""
     path = Path(model_dir) / "model_index.json"
-    return path.is_file() and bool(_Config(path).get("is_distilled", False))
+    return path.is_file() and _Config(path).flag("is_distilled", False)
 
 
 _FAMILIES = {"mistral": ("mistral", (10, 20, 30)), "qwen3": ("qwen3", (9, 18, 27))}
@@ -193,7 +193,7 @@ def read_text_spec(folder: Path) -> TextSpec:
     outer = _Config(folder / "config.json")
     config = outer.inner("text_config")
     model_type = config.get("model_type", None)
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         config.fail(f"model_type is {model_type!r}; FLUX.2 reads its captions with one of {sorted(_FAMILIES)}")
     family, taps = _FAMILIES[model_type]
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
@@ -207,9 +207,9 @@ def read_text_spec(folder: Path) -> TextSpec:
         head_dim=config.integer("head_dim", hidden // heads),
         vocabulary=config.integer("vocab_size"),
         rope_theta=_rope_theta(config),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
-        taps=tuple(outer.get("flux2_taps", taps)),
-        length=int(outer.get("flux2_text_length", 512)),
+        eps=config.number("rms_norm_eps", 1e-6),
+        taps=outer.integers("flux2_taps", taps),
+        length=outer.integer("flux2_text_length", 512),
     )
     if (
         not spec.taps
@@ -224,32 +224,34 @@ def read_text_spec(folder: Path) -> TextSpec:
 def _rope_theta(config: "_Config") -> float:
     """The rotary base, from either place where transformers has kept it (4: `rope_theta`; 5: `rope_parameters`)."""
     parameters = config.get("rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind != "default" or config.get("rope_scaling", None):
+    if not isinstance(parameters, dict):
+        config.fail(f"rope_parameters must be a mapping, found {parameters!r}")
+    if parameters.get("rope_type", "default") != "default" or config.get("rope_scaling", None):
         config.fail("rotary scaling is set, which no FLUX.2 text encoder has")
-    theta = parameters.get("rope_theta", config.get("rope_theta", None))
-    if theta is None:
+    if parameters.get("rope_theta", config.get("rope_theta", None)) is None:
         config.fail("neither rope_theta nor rope_parameters.rope_theta is there")
-    return float(theta)
+    return (config.inner("rope_parameters") if "rope_theta" in parameters else config).number("rope_theta")
 
 
 def read_vae_spec(folder: Path) -> VaeSpec:
     """The spec of a `vae` folder's config.json."""
     config = _Config(folder / "config.json")
-    decoder = config.get("decoder_block_out_channels", None)
+    patch = config.integers("patch_size", (2, 2))
+    if len(patch) != 2:
+        config.fail(f"patch_size must be two numbers, found {list(patch)}")
     spec = VaeSpec(
         in_channels=config.integer("in_channels", 3),
         out_channels=config.integer("out_channels", 3),
         latent_channels=config.integer("latent_channels", 32),
-        block_out_channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
-        decoder_block_out_channels=tuple(decoder) if decoder else None,
+        block_out_channels=config.integers("block_out_channels", (128, 256, 512, 512)),
+        decoder_block_out_channels=config.integers("decoder_block_out_channels", ()) or None,
         layers_per_block=config.integer("layers_per_block", 2),
         norm_num_groups=config.integer("norm_num_groups", 32),
-        batch_norm_eps=float(config.get("batch_norm_eps", 1e-4)),
-        patch=tuple(config.get("patch_size", (2, 2))),
-        attention=bool(config.get("mid_block_add_attention", True)),
-        quant_conv=bool(config.get("use_quant_conv", True)),
-        post_quant_conv=bool(config.get("use_post_quant_conv", True)),
+        batch_norm_eps=config.number("batch_norm_eps", 1e-4),
+        patch=(patch[0], patch[1]),
+        attention=config.flag("mid_block_add_attention", True),
+        quant_conv=config.flag("use_quant_conv", True),
+        post_quant_conv=config.flag("use_post_quant_conv", True),
     )
     if config.get("act_fn", "silu") != "silu":
         config.fail(f"act_fn is {config.get('act_fn', None)!r}; FLUX.2's autoencoder uses silu")
@@ -285,14 +287,38 @@ class _Config:
         return self.values.get(key, default)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if value is None:  # e.g. a null head_dim means "the default"
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{self.path}: {key} must be a whole number from 1, found {value!r}")
+        value = self._or_default(key, default)
+        if not _is_count(value):
+            self.fail(f"{key} must be a whole number from 1, found {value!r}")
         return value
+
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        value = self._or_default(key, default)
+        if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
+            self.fail(f"{key} must be a list of whole numbers from 1, found {value!r}")
+        return tuple(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._or_default(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            self.fail(f"{key} must be a number above 0, found {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._or_default(key, default)
+        if not isinstance(value, bool):
+            self.fail(f"{key} must be true or false, found {value!r}")
+        return value
+
+    def _or_default(self, key: str, default: object) -> Any:  # noqa: ANN401 - JSON values have any type
+        value = self.values.get(key)
+        return default if value is None else value  # a null head_dim means "the default"
 
     def inner(self, key: str) -> "_Config":
         """The nested config under `key` where there is one (multimodal models keep their language model there)."""
         nested = self.values.get(key)
         return _Config(self.path, nested) if isinstance(nested, dict) else self
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

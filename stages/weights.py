@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -126,9 +127,12 @@ def _files(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in named})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: cannot be read as a safetensors index ({error}); download it again") from None
+    if not names:
+        raise InputError(f"{index}: names no file; download it again")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(listing(f"{index} names files that are not there; download them:", missing))
@@ -152,24 +156,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise InputError(
             f"{file}: has no readable safetensors header ({error}); the file is cut off or no safetensors"
         ) from None
-    header.pop("__metadata__", None)
     base = 8 + length
     try:
-        table = {
-            name: TensorInfo(
-                file,
-                name,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, IndexError) as error:
+        table = {name: _info(file, name, entry, base) for name, entry in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: its header is malformed ({error!r})") from None
     _check_ranges(file, table, base, size)
     return table
+
+
+def _info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:  # noqa: ANN401 - JSON values have any type
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    numbers = [start, end, *shape]
+    if not isinstance(dtype, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"{name}: {entry}")
+    return TensorInfo(file, name, dtype, tuple(shape), base + start, base + end)
 
 
 def _check_ranges(file: Path, table: Mapping[str, TensorInfo], base: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What every test needs: a BLAS before MLX, the helpers of `tests/tiny` on the path, tiny models, and `--checkpoint`."""
+"""What every test needs: a BLAS before MLX, the helpers of `tests/tiny` on the path, models, `--checkpoint`."""
 
 import os
 import shutil
@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flux2_relay.stages  # noqa: F401 - loads a BLAS, which must come before the first import of mlx
 import pytest
+
+import flux2_relay.stages  # noqa: F401 - loads a BLAS, which must come before the first import of mlx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
