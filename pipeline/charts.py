@@ -5,7 +5,7 @@ Letters: n points of a series. Lengths are SVG user units, about a pixel each.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 MOST_POINTS = 1000
 """Points that a series is thinned to, so that a page of a long run stays small."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room around the frame: tick labels on two sides, half a label on two
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 40  # room around the frame: tick labels on two sides, half a label on two
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +39,8 @@ class Chart:
     size: tuple[int, int] = (320, 200)
     from_zero: bool = False
     level: float | None = None
-    x_range: tuple[float, float] | None = None
-    note: str = field(default="")
+    level_name: str = ""
+    x_range: tuple[float, float] | None = None  # None: x counts steps, so ticks are whole numbers
 
     def svg(self) -> str:
         """The chart as one `<svg>` element; points above the frame are drawn on its upper edge."""
@@ -69,10 +69,10 @@ class _Frame:
 
     def __init__(self, chart: Chart) -> None:
         self.chart = chart
-        xs = np.concatenate([s.x for s in chart.series] or [np.zeros(0)])
-        ys = np.concatenate([s.y for s in chart.series] or [np.zeros(0)])
-        self.x = chart.x_range or _range(xs, pad=0.0)
-        low, high = _range(_without_outliers(ys), pad=0.06)
+        xs = np.concatenate([series.x for series in chart.series])
+        ys = np.concatenate([_without_outliers(s.y) if s.style == "points" else s.y for s in chart.series])
+        self.x = chart.x_range or _range(xs, pad=0.0, least=1.0)
+        low, high = _range(ys, pad=0.06)
         if chart.level is not None and chart.level <= 2 * high:  # a level far away would flatten the curve
             high = max(high, 1.06 * chart.level)
         self.y = (0.0, high) if chart.from_zero else (low, high)
@@ -101,7 +101,8 @@ class _Frame:
             ((_, y),) = self.place(np.array([self.x[0]]), np.array([value]))
             parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{self.right}"/>')
             parts.append(f'<text class="tick y" x="{_LEFT - 7}" y="{y + 3.5:.1f}">{short(value)}</text>')
-        for value in ticks(*self.x, max(2, (self.right - _LEFT) // 80)):
+        whole = 1.0 if self.chart.x_range is None else 0.0
+        for value in ticks(*self.x, max(2, (self.right - _LEFT) // 80), whole):
             ((x, _),) = self.place(np.array([value]), np.array([self.y[0]]))
             parts.append(f'<path class="grid" d="M{x:.1f} {self.bottom}v4"/>')
             parts.append(f'<text class="tick x" x="{x:.1f}" y="{self.bottom + 16}">{short(value)}</text>')
@@ -121,7 +122,9 @@ def _draw(series: Series, frame: _Frame) -> str:
         return ""
     dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in points)  # no length, round ends: one path draws them all
     if series.style == "points" or len(points) == 1:
-        return f'<path class="points {series.colour}" d="{dots}"/>'
+        # A few faint points would be overlooked, one even more so.
+        kind = "dots" if len(points) == 1 else "points few" if len(points) < 100 else "points"
+        return f'<path class="{kind} {series.colour}" d="{dots}"/>'
     line = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     marks = f'<path class="dots {series.colour}" d="{dots}"/>' if series.style == "dots" else ""
     return f'<path class="line {series.colour}" d="M{line}"/>{marks}'
@@ -136,11 +139,10 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
 
 
 def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` neighbours around each value, fewer at both ends: [n] -> [n], no lag, no values lost."""
-    sums = np.concatenate([[0.0], np.cumsum(y, dtype=float)])
-    at = np.arange(len(y))
-    reach = np.minimum(np.minimum(at, len(y) - 1 - at), window // 2)  # symmetric, so a slope is not bent at the ends
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    """Mean over the `window` nearest values, fewer at both ends: [n] -> [n], without lag."""
+    sums, at = np.concatenate([[0.0], np.cumsum(y, dtype=float)]), np.arange(len(y))
+    first, after = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(y))
+    return (sums[after] - sums[first]) / (after - first)
 
 
 def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,9 +153,9 @@ def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray,
     return np.array([m for m, _ in means]), np.array([m for _, m in means])
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values inside [low, high], about `count` of them, a 1, 2 or 5 times a power of ten apart."""
-    rough = (high - low) / max(count, 1)
+def ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:
+    """Round values inside [low, high], about `count` of them, at least `least` and 1, 2 or 5 powers of ten apart."""
+    rough = max((high - low) / max(count, 1), least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -167,7 +169,7 @@ def short(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:.4g}".partition("e")
-    if not exponent and abs(value) < 1e-3:
+    if not exponent and abs(value) < 1e-2:
         mantissa, _, exponent = f"{value:.3e}".partition("e")
         mantissa = mantissa.rstrip("0").rstrip(".")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
@@ -181,10 +183,10 @@ def _without_outliers(values: np.ndarray) -> np.ndarray:
     return values[values <= usual] if values.max() > 3 * usual > 0 else values
 
 
-def _range(values: np.ndarray, pad: float) -> tuple[float, float]:
+def _range(values: np.ndarray, pad: float, least: float = 0.0) -> tuple[float, float]:
     """Lowest and highest value with room on both sides; never empty."""
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low, high = float(values.min()), float(values.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        around = abs(high) / 2 or 0.5
+        around = least or abs(high) / 2 or 0.5
         return low - around, high + around
     return low - pad * (high - low), high + pad * (high - low)

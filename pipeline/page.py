@@ -37,24 +37,27 @@ dt { color: var(--soft); font-size: .8rem; }
 figure { margin: 0; padding: .8rem .8rem .5rem; grid-column: span 3; min-width: 0; display: flex;
   flex-direction: column; }
 figure.wide { grid-column: span 8; } figure.tall { grid-column: span 4; }
-figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: .1rem .9rem; font-size: .8rem;
-  color: var(--soft); padding-left: .2rem; }
-figcaption b { color: var(--ink); font-size: .9rem; font-weight: 600; }
+figcaption { font-size: .75rem; padding-left: .2rem; }
+figcaption b { display: block; font-size: .9rem; font-weight: 600; }
+figcaption span { display: flex; flex-wrap: wrap; gap: 0 .8rem; min-height: 1.2rem; }
+figcaption .key { display: block; min-height: 0; white-space: nowrap; }
 figure p { margin: .1rem 0 .2rem .2rem; font-size: .75rem; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: .95rem; height: .2rem; border-radius: .1rem;
   margin-right: .4rem; vertical-align: middle; background: currentColor; }
 .key i { font-style: normal; color: var(--soft); } .key.a { color: var(--a); } .key.b { color: var(--b); }
 .key.points::before { width: .38rem; height: .38rem; border-radius: 50%; opacity: .5; }
 .key.level::before { height: 0; border-top: 1.5px dashed var(--soft); background: none; border-radius: 0; }
-svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+svg { display: block; width: 100%; height: auto; margin-top: .4rem; overflow: visible; }
 svg text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; text-anchor: middle; }
 svg .tick.y { text-anchor: end; }
 svg path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--line); }
-.level { stroke: var(--soft); stroke-dasharray: 4 4; stroke-linecap: butt; }
-.line { stroke-width: 2; } .points { stroke-width: 3.4; opacity: .28; } .dots { stroke-width: 6.5; }
+path.level { stroke: var(--soft); stroke-dasharray: 4 4; stroke-linecap: butt; }
+path.line { stroke-width: 2; } path.points { stroke-width: 3.4; opacity: .28; }
+path.few { stroke-width: 6; opacity: .45; } path.dots { stroke-width: 6.5; }
 path.a { stroke: var(--a); } path.b { stroke: var(--b); }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%;
+  border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
   box-shadow: var(--shade); }
 table { border-collapse: separate; border-spacing: 0; }
 .previews th, .previews td { padding: .6rem .45rem; vertical-align: top; text-align: left; }
@@ -75,7 +78,8 @@ details { margin-top: .75rem; } summary { cursor: pointer; padding: .65rem .9rem
 details pre { margin: 0; padding: .2rem 1rem 1rem; overflow-x: auto; font-size: .8rem; line-height: 1.5; }
 @media (max-width: 64rem) { figure, figure.tall { grid-column: span 6; } figure.wide { grid-column: span 12; } }
 @media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem; } figure, figure.tall, figure.wide {
-  grid-column: span 12; } .previews .prompt { min-width: 8rem; max-width: 9rem; } }
+  grid-column: span 12; } figure.wide svg text { font-size: 19px; }
+  .previews .prompt { min-width: 8rem; max-width: 9rem; } }
 @media print { @page { margin: 14mm; } main { max-width: none; padding: 0; } body { font-size: 10pt; }
   figure { grid-column: span 6; } figure.wide { grid-column: span 12; } figure.tall { grid-column: span 6; }
   .facts { grid-template-columns: repeat(3, 1fr); }

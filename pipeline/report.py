@@ -90,8 +90,8 @@ def _verdict(run: RunFolder, config: Config, metrics: Metrics) -> str:
     finished = done >= steps and run.adapter.exists()
     said = [f"{done:,} of {steps:,} steps done"]
     if done:
-        first, last = metrics.ends()
-        said.append(f"loss {short(first)} → {short(last)} (mean of the first and of the last fifth of the steps)")
+        first, last = (short(float(f"{end:.4g}")) for end in metrics.ends())
+        said.append(f"loss {first} → {last}, first to last fifth of the steps" if done > 1 else f"loss {first}")
     if run.adapter.exists():
         said.append(f"adapter <code>{escape(str(run.adapter))}</code>")
     if not finished:
@@ -110,7 +110,7 @@ def _facts(run: RunFolder, metrics: Metrics) -> str:
     first, last = metrics.ends()
     busy, waited = float(metrics.seconds.sum()), float(metrics.wait_seconds.sum())
     facts = [
-        ("Loss", short(round(last, 4)), f"{last / first - 1:+.0%} since the first fifth".replace("-", "−")),
+        ("Loss", f"{last:.3g}", f"{last / first - 1:+.0%} since the first fifth" if len(metrics.loss) > 4 else "mean"),
         ("Seconds a step", f"{np.median(metrics.seconds):.3g}", "median"),
         ("Waiting for data", f"{waited / (busy + waited or 1):.1%}", f"{_duration(waited)} in all"),
         ("Time in steps", _duration(busy + waited), "previews and checkpoints not counted"),
@@ -134,17 +134,13 @@ def _curves(config: Config, metrics: Metrics) -> str:
 
 
 def _figure(chart: Chart, kind: str = "") -> str:
-    keys = [
-        f'<span class="key {s.style} {s.colour}"><i>{escape(s.name)}</i></span>'
-        for s in chart.series
-        if len(chart.series) > 1
-    ]
+    keys = [(f"{s.style} {s.colour}", s.name) for s in chart.series] if len(chart.series) > 1 else []
+    keys += [("level", chart.level_name)] if chart.level_name else []
+    legend = "".join(f'<span class="key {looks}"><i>{escape(name)}</i></span>' for looks, name in keys)
     above = chart.above()
-    outside = f"{above} value{'s' if above != 1 else ''} above the frame" if above else ""
-    note = ". ".join(part for part in (chart.note, outside) if part)
-    below = f"<p>{escape(note)}</p>" if note else ""
-    caption = f"<figcaption><b>{escape(chart.title)}</b>{''.join(keys)}</figcaption>"
-    return f'<figure class="{kind}">{caption}{chart.svg()}{below}</figure>\n'
+    note = f"<p>{above} value{'s' if above != 1 else ''} above the frame</p>" if above else ""
+    caption = f"<figcaption><b>{escape(chart.title)}</b><span>{legend}</span></figcaption>"
+    return f'<figure class="{kind}">{caption}{chart.svg()}{note}</figure>\n'
 
 
 def _loss(metrics: Metrics) -> Chart:
@@ -178,7 +174,7 @@ def _loss_by_sigma(metrics: Metrics) -> Chart:
 
 def _small_charts(config: Config, metrics: Metrics) -> list[Chart]:
     step, clip = metrics.step, config.train.clip
-    wait = Series(x=step, y=metrics.wait_seconds, name="wait for data", colour="b")
+    wait = Series(x=step, y=metrics.wait_seconds, name="wait", colour="b")
     memory, unit = _scaled_bytes(metrics.peak_bytes)
     return [
         Chart(
@@ -188,13 +184,13 @@ def _small_charts(config: Config, metrics: Metrics) -> list[Chart]:
             series=_with_trend(step, metrics.grad_norm, "a step"),
             from_zero=True,
             level=clip or None,
-            note=f"Dashed: clipped to {short(clip)}" if clip else "Never clipped",
+            level_name=f"clipped to {short(clip)}" if clip else "",
         ),
         Chart(
             title="Time",
             x_label="step",
             y_label="seconds",
-            series=[Series(x=step, y=metrics.seconds, name="a step"), wait],
+            series=[*_with_trend(step, metrics.seconds, "a step"), wait],
             from_zero=True,
         ),
         Chart(
@@ -217,7 +213,7 @@ def _small_charts(config: Config, metrics: Metrics) -> list[Chart]:
 def _with_trend(x: np.ndarray, y: np.ndarray, name: str) -> list[Series]:
     """Values as faint points, and their mean over about a fifteenth of the run."""
     window = max(3, len(y) // 15)
-    trend = Series(x=x, y=charts.smooth(y, window), name=f"mean over {window:,}", style="line")
+    trend = Series(x=x, y=charts.smooth(y, window), name=f"mean of {window:,}")
     return [Series(x=x, y=y, name=name, style="points"), *([trend] if len(y) >= 3 else [])]
 
 
@@ -260,16 +256,15 @@ def _undecoded(run: RunFolder, found: Sequence[Preview]) -> str:
     waiting = sum(preview.picture is None for preview in found)
     if not waiting:
         return ""
+    counted = f"{waiting} of {len(found)} previews are not decoded yet"
     command = f"<code>relay decode {escape(str(run.path))}</code>"
-    return (
-        f'<p class="hint">{waiting} of {len(found)} previews are not decoded yet: run {command}, then this again.</p>'
-    )
+    return f'<p class="hint">{counted}: run {command}, then <code>relay report</code> again.</p>'
 
 
 def _prompt(options: PromptOptions) -> str:
     told = [f"without: {options.negative}"] if options.negative else []
     if options.size:
-        told.append(f"{options.size[0]} × {options.size[1]}, {options.steps} steps")
+        told.append(f"{options.size[0]} x {options.size[1]}, {options.steps} steps")
         told.append(f"guidance {short(options.guidance or 0)}, seed {options.seed}")
     return escape(options.prompt or "(empty prompt)") + "".join(f"<small>{escape(line)}</small>" for line in told)
 
@@ -353,8 +348,8 @@ def in_bytes(size: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
+    if seconds < 59.5:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
