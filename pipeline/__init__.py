@@ -1,5 +1,13 @@
 """The conductor: what runs, in which order, and what it tells the user (not the `pipeline` of diffusers).
 
+cli.py         the command line
+commands.py    what each command does: the config taken apart and handed to one stage
 config.py      the config file: nests the options that each component declares
 schema.py      YAML into dataclasses, a line number for every fault
+request.py     what names a set: the part of a config that stage one obeys
+run_folder.py  one run's folder: config, metrics, log
+report.py      a run as one HTML page
+charts.py      its curves, as SVG
+page.py        its frame and looks
+signals.py     Ctrl-C and SIGTERM
 """

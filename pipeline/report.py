@@ -159,9 +159,10 @@ def _loss_by_sigma(metrics: Metrics) -> Chart:
     series = [Series(x=metrics.sigma, y=metrics.loss, name="a step", style="points")]
     if len(metrics.loss) >= 16:
         edges = np.linspace(0, 1, 11 if len(metrics.loss) >= 100 else 6)
-        for name, part, colour in (("first half", slice(None, half), "b"), ("second half", slice(half, None), "a")):
-            x, y = charts.binned(metrics.sigma[part], metrics.loss[part], edges)
-            series.append(Series(x=x, y=y, name=name, style="dots", colour=colour))
+        first = charts.binned(metrics.sigma[:half], metrics.loss[:half], edges)
+        second = charts.binned(metrics.sigma[half:], metrics.loss[half:], edges)
+        series.append(Series(x=first[0], y=first[1], name="first half", style="dots", colour="b"))
+        series.append(Series(x=second[0], y=second[1], name="second half", style="dots"))
     return Chart(
         title="Loss by sigma",
         x_label="sigma (0 data, 1 noise; mean of a step's items)",
