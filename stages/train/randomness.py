@@ -18,7 +18,8 @@ def key(*parts: int | str) -> mx.array:
 
 def uniform(*parts: int | str) -> float:
     """A number strictly between 0 and 1 for these parts, the same on every machine."""
-    return (number(*parts) + 0.5) / 2**64
+    # 52 bits and a half are all that a float holds: with more, the largest numbers would round to 1.
+    return ((number(*parts) >> 12) + 0.5) / 2**52
 
 
 def shuffled(count: int, *parts: int | str) -> list[int]:

@@ -32,7 +32,7 @@ def schedule(steps: int, rows: int) -> list[float]:
     """Sigmas from 1 down to 0, `steps` + 1 of them, for an image of `rows` tokens."""
     shift = math.exp(empirical_mu(steps, rows))
     grid = [1 - n / steps for n in range(steps)]
-    return [shift / (shift + 1 / sigma - 1) for sigma in grid] + [0.0]
+    return [shift / (shift + (1 / sigma - 1)) for sigma in grid] + [0.0]
 
 
 def empirical_mu(steps: int, rows: int) -> float:
