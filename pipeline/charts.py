@@ -145,12 +145,12 @@ def smooth(y: np.ndarray, window: int) -> np.ndarray:
     return (sums[after] - sums[first]) / (after - first)
 
 
-def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of y in each bin of x that holds any -> mean x and mean y of those bins."""
+def binned(x: np.ndarray, y: np.ndarray, edges: np.ndarray, least: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of y in each bin of x that holds `least` values -> mean x and mean y of those bins."""
     which = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
-    held = sorted(set(which.tolist()))
-    means = [(x[which == b].mean(), y[which == b].mean()) for b in held]
-    return np.array([m for m, _ in means]), np.array([m for _, m in means])
+    held = np.flatnonzero(np.bincount(which, minlength=len(edges) - 1) >= least)
+    mean_x, mean_y = (np.array([values[which == one].mean() for one in held]) for values in (x, y))
+    return mean_x, mean_y
 
 
 def ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:

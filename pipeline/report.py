@@ -191,7 +191,7 @@ def _small_charts(config: Config, metrics: Metrics) -> list[Chart]:
             title="Time",
             x_label="step",
             y_label="seconds",
-            series=[*_with_trend(step, metrics.seconds, "a step"), wait],
+            series=[Series(x=step, y=metrics.seconds, name="a step", style="points"), wait],
             from_zero=True,
         ),
         Chart(

@@ -313,9 +313,11 @@ def test_smoothing_is_a_mean_of_the_nearest() -> None:
     assert charts.smooth(np.full(50, 2.0), 7).tolist() == [2.0] * 50
 
 
-def test_bins_skip_what_is_empty() -> None:
-    x, y = charts.binned(np.array([0.1, 0.3, 0.3, 1.0]), np.array([1.0, 2.0, 4.0, 8.0]), np.linspace(0, 1, 5))
-    assert (x.tolist(), y.tolist()) == ([0.1, 0.3, 1.0], [1.0, 3.0, 8.0])
+def test_bins_skip_what_holds_too_little() -> None:
+    x, y = np.array([0.1, 0.3, 0.3, 1.0]), np.array([1.0, 2.0, 4.0, 8.0])
+    every, some = (charts.binned(x, y, np.linspace(0, 1, 5), least) for least in (1, 2))
+    assert [part.tolist() for part in every] == [[0.1, 0.3, 1.0], [1.0, 3.0, 8.0]]
+    assert [part.tolist() for part in some] == [[0.3], [3.0]]
 
 
 def chart(y: Sequence[float], style: Literal["points", "line", "dots"] = "points", **others) -> charts.Chart:
