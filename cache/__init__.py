@@ -5,8 +5,11 @@ It keeps arrays under keys and knows neither models nor images. Read in this ord
     keys.py      what an entry depends on, hashed
     encoding.py  an entry as the two files of a Zarr v3 array
     durable.py   bytes first, name last: write, fsync, rename
+    nodes.py     where entries lie: a folder ...
+    remote.py    ... or a bucket, with copies on this machine
     sets.py      what one config needs, as one record
     store.py     open, publish, read, remove
+    transfer.py  from one store to another
     writer.py    publishing behind a short queue
     audit.py     verify, gc, stats
     explain.py   why an entry does not fit

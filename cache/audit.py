@@ -4,7 +4,6 @@ Nothing here takes a lock. Encoding publishes its set and then looks for what is
 out of sight and then looks for new sets. Whichever of the two came second sees the other.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -114,7 +113,7 @@ def verify(store: Store, *, full: bool = True, repair: bool = False, progress: P
         checked=len(names),
         faults=tuple(faults),
         missing=_missing(store, unreadable),
-        leftovers=len(list(_leftovers(store))),
+        leftovers=sum(1 for _ in store.nodes.leftovers(everywhere=True)),
     )
 
 
@@ -141,7 +140,7 @@ def gc(
     collected: dict[str, list[str]] = {kind: [] for kind in KINDS}
     stored_bytes = put_back = 0
     for done, (kind, key) in enumerate(garbage, start=1):
-        size = _stored_bytes(store.path / kind / key)
+        size = store.stored_bytes(kind, key)
         if dry_run or _collect(store, kind, key, pins):
             collected[kind].append(key)
             stored_bytes += size
@@ -154,16 +153,19 @@ def gc(
         entries={kind: tuple(keys) for kind, keys in collected.items()},
         stored_bytes=stored_bytes,
         put_back=put_back,
-        leftovers=sweep(store, now=now, dry_run=dry_run),
+        leftovers=sweep(store, now=now, dry_run=dry_run, everywhere=True),
     )
 
 
-def sweep(store: Store, *, now: float, dry_run: bool = False) -> int:
-    """Delete the children of tmp that are older than a day -> how many. Encoding begins with it, too."""
-    old = [path for path, changed in _leftovers(store) if now - changed > _LEFTOVER_SECONDS]
+def sweep(store: Store, *, now: float, dry_run: bool = False, everywhere: bool = False) -> int:
+    """Delete what dead writers left more than a day ago -> how many. Encoding begins with it, too.
+
+    `everywhere`: in a bucket as well, where that is safe only while nobody encodes.
+    """
+    old = [left for left in store.nodes.leftovers(everywhere) if now - left.changed > _LEFTOVER_SECONDS]
     if not dry_run:
-        for path in old:
-            durable.remove_folder(path)
+        for left in old:
+            left.delete()
     return len(old)
 
 
@@ -200,7 +202,7 @@ def stats(store: Store, progress: Progress | None = None) -> Stats:
         shared=shared,
         orphans=orphans,
         damaged=damaged,
-        leftovers=len(list(_leftovers(store))),
+        leftovers=sum(1 for _ in store.nodes.leftovers(everywhere=True)),
     )
 
 
@@ -215,7 +217,7 @@ class _Pins:
     def look(self) -> set[str]:
         for key in _names(self._store, "sets") - self._seen:
             try:
-                self._keys |= pinned((self._store.path / "sets" / key / "zarr.json").read_bytes())
+                self._keys |= pinned(self._store.nodes.read("sets", key, ("zarr.json",))["zarr.json"])
             except FileNotFoundError:
                 continue  # dropped since the scan; should it come back, it will be looked at
             self._seen.add(key)
@@ -278,24 +280,3 @@ def _missing(store: Store, unreadable: Collection[str]) -> dict[str, int]:
 
 def _names(store: Store, kind: str) -> set[str]:
     return store.set_keys() if kind == "sets" else store.keys(kind)
-
-
-def _leftovers(store: Store) -> Iterator[tuple[Path, float]]:
-    """Children of tmp and when they were last touched; a rename counts, which moves only ctime."""
-    with os.scandir(store.path / "tmp") as children:
-        for child in children:
-            if child.name == "zarr.json":
-                continue
-            try:
-                status = child.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # its writer has just finished with it
-            yield Path(child.path), max(status.st_mtime, status.st_ctime)
-
-
-def _stored_bytes(place: Path) -> int:
-    try:
-        with os.scandir(place) as files:
-            return sum(file.stat().st_size for file in files)
-    except OSError:
-        return 0

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -108,6 +109,14 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def memory_folder() -> Path:
+    """The user's folder for what can be made again: `$XDG_CACHE_HOME` or the system's place, then flux2-relay."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "flux2-relay"
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return home / "flux2-relay"
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

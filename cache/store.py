@@ -13,25 +13,23 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from flux2_relay.cache import durable, encoding
+from flux2_relay.cache import durable, encoding, nodes
 from flux2_relay.cache.encoding import Damage, Entry, Header
 from flux2_relay.cache.errors import RelayError, StoreError
 from flux2_relay.cache.keys import KEY, key_of
+from flux2_relay.cache.nodes import Folder, Nodes
 from flux2_relay.cache.sets import SetRecord, build_set, needs, parse_set
 
-FORMAT = "flux2-relay-cache"
-VERSION = 1
 KINDS = tuple(encoding.DIMENSIONS)
 """text, latents, masks."""
 
-_GROUPS = (*KINDS, "sets", "tmp")
 _REPAIR = "Run `relay cache verify --repair`, then `relay encode`."
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}  # the entry's own fault
@@ -42,10 +40,20 @@ _LOOK_AGAIN_SECONDS = 1.0  # gc takes an unused entry out of sight for a moment 
 class Store:
     """An open store. Safe to share between threads: it holds no state but where it is and how to write."""
 
-    path: Path
+    nodes: Nodes
     mode: Literal["r", "a"] = "r"
     codec: str = "zstd"
     wait: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: its path, or its URL."""
+        return self.nodes.name
+
+    @property
+    def path(self) -> Path:
+        """Its folder; of a remote store the folder on this machine that holds copies."""
+        return self.nodes.path
 
     def keys(self, kind: str) -> set[str]:
         """List a kind by one scan of its folder -> keys."""
@@ -53,59 +61,73 @@ class Store:
 
     def has(self, kind: str, key: str) -> bool:
         """Say whether an entry exists."""
-        return self._place(kind, key).is_dir()
+        return self.nodes.has(kind, _checked(key))
 
     def read(self, kind: str, key: str) -> Entry:
         """Read and check (crc32c) an entry -> Entry, or StoreError naming it and what to do.
 
         An entry that is not there is looked for again after a second: `gc` may be about to put it back.
         """
-        place = self._place(_known(kind), key)
+        files = encoding.file_names(_known(kind))
         try:
             try:
-                node = _read_node(place, encoding.chunk_name(kind))
+                node = self.nodes.fetch(kind, _checked(key), files)
             except FileNotFoundError:
                 self.wait(_LOOK_AGAIN_SECONDS)
-                node = _read_node(place, encoding.chunk_name(kind))
-            return encoding.decode(node, kind, key)
+                node = self.nodes.fetch(kind, key, files)
+            try:
+                return encoding.decode(node, kind, key)
+            except Damage:
+                if not self.nodes.forget(kind, key):
+                    raise
+                return encoding.decode(self.nodes.fetch(kind, key, files), kind, key)  # only the copy may be damaged
         except FileNotFoundError as error:
-            if not place.exists():
-                raise StoreError(f"{place} is missing. Run `relay encode`.") from error
-            raise StoreError(f"{place} is damaged: it has no {Path(error.filename).name}. {_REPAIR}") from error
+            if not self.nodes.exists(kind, key):
+                raise StoreError(f"{self._called(kind, key)} is missing. Run `relay encode`.") from error
+            lost = Path(error.filename).name
+            raise StoreError(f"{self._called(kind, key)} is damaged: it has no {lost}. {_REPAIR}") from error
         except (Damage, OSError) as error:
-            raise _refused(place, error) from error
+            raise self._refused(kind, key, error) from error
 
     def header(self, kind: str, key: str) -> Header:
         """Read what an entry's zarr.json says, one small file -> Header, or StoreError."""
-        place = self._place(_known(kind), key)
         try:
-            return encoding.parse_header((place / "zarr.json").read_bytes(), kind, key)
+            return encoding.parse_header(self._zarr_json(_known(kind), _checked(key)), kind, key)
         except (Damage, OSError) as error:
-            raise _refused(place, error) from error
+            raise self._refused(kind, key, error) from error
 
     def examine(self, kind: str, key: str, full: bool = True) -> str | None:
         """Look for damage in an entry or a set -> what is wrong with it, or None.
 
         Quick: metadata, name and size of the chunk. Full: also decode, crc32c, sha256, finite values.
         """
-        place = self._place(kind, key)
+        _checked(key)
         try:
             if kind == "sets":
-                parse_set((place / "zarr.json").read_bytes(), key)
+                parse_set(self._zarr_json(kind, key), key)
             elif full:
-                encoding.check_content(encoding.decode(_read_node(place, encoding.chunk_name(kind)), kind, key))
+                node = self.nodes.read(kind, key, encoding.file_names(kind))
+                encoding.check_content(encoding.decode(node, kind, key))
             else:
-                size = (place / encoding.chunk_name(kind)).stat().st_size
-                encoding.parse_header((place / "zarr.json").read_bytes(), kind, key, size)
+                size = self.nodes.size(kind, key, encoding.chunk_name(kind))
+                encoding.parse_header(self._zarr_json(kind, key), kind, key, size)
         except FileNotFoundError as error:
-            return f"it has no {Path(error.filename).name}" if place.exists() else None
+            return f"it has no {Path(error.filename).name}" if self.nodes.exists(kind, key) else None
         except OSError as error:
             if error.errno not in _BROKEN:  # too many open files, no permission: not the entry's fault
-                raise StoreError(f"{place} cannot be read: {error.strerror}.") from error
+                raise self._refused(kind, key, error) from error
             return error.strerror
         except Damage as damage:
             return str(damage)
         return None
+
+    def stored_bytes(self, kind: str, key: str) -> int:
+        """What an entry takes on the disk, as far as it can be told."""
+        total = 0
+        for name in encoding.file_names(kind):
+            with suppress(OSError):
+                total += self.nodes.size(kind, key, name)
+        return total
 
     def publish(
         self, kind: str, key_object: Mapping[str, object], array: np.ndarray, made: Mapping[str, object]
@@ -119,33 +141,36 @@ class Store:
         if key_object.get("kind", kind) != kind:
             raise StoreError(f"a key of kind {key_object['kind']!r} cannot name an entry of kind {kind!r}")
         key = key_of(key_object)
-        place = self._place(_known(kind), key)
-        if self.has(kind, key):
-            with self._told(f"{kind}/{key}", 0):
-                durable.sync_folder(place.parent)  # whoever made it may not have got that far
-            return key
-        node = encoding.build(kind, key_object, array, made, self.codec)
-        with self._told(f"{kind}/{key}", sum(map(len, node.values()))):
-            durable.publish_folder(node, self.path / "tmp", place)
+        with self._told(kind, key, 0):
+            if self.has(_known(kind), key):
+                self.nodes.confirm(kind)
+                return key
+        self.publish_node(kind, key, encoding.build(kind, key_object, array, made, self.codec))
         return key
+
+    def publish_node(self, kind: str, key: str, node: Mapping[str, bytes]) -> None:
+        """Make an entry readable and durable that comes as its files, the chunk first."""
+        self._must_write()
+        with self._told(kind, key, sum(map(len, node.values()))):
+            self.nodes.publish(kind, key, node)
 
     def remove(self, kind: str, key: str) -> None:
         """Delete an entry or a set; readers see all of it or nothing. StoreError if it is not there."""
         aside = self.set_aside(kind, key)
         if aside is None:
-            raise StoreError(f"{self._place(kind, key)} is missing, so it cannot be removed.")
+            raise StoreError(f"{self._called(kind, key)} is missing, so it cannot be removed.")
         durable.remove_folder(aside)
 
     def set_aside(self, kind: str, key: str) -> Path | None:
         """Take an entry or a set out of sight, into tmp -> where it is now, or None if it was not there."""
         self._must_write()
-        with self._told(f"{kind}/{key}", 0):
-            return durable.set_aside(self._place(kind, key), self.path / "tmp")
+        with self._told(kind, key, 0):
+            return self.nodes.set_aside(kind, _checked(key))
 
     def put_back(self, aside: Path, kind: str, key: str) -> None:
         """Undo `set_aside`; an entry published anew in between stays."""
-        with self._told(f"{kind}/{key}", 0):
-            durable.put_back(aside, self._place(kind, key))
+        with self._told(kind, key, 0):
+            self.nodes.put_back(aside, kind, _checked(key))
 
     def publish_set(self, body: Mapping[str, object], made: Mapping[str, object]) -> str:
         """Publish a set -> its key. `made["at"]`, UTC in ISO 8601, orders the sets.
@@ -155,11 +180,8 @@ class Store:
         """
         self._must_write()
         key, zarr_json = build_set(body, made)
-        place, tmp = self._place("sets", key), self.path / "tmp"
-        with self._told(f"sets/{key}", len(zarr_json)):
-            while not durable.publish_folder({"zarr.json": zarr_json}, tmp, place):
-                if durable.replace_file(zarr_json, tmp, place / "zarr.json"):
-                    break  # else it was dropped between the two calls
+        with self._told("sets", key, len(zarr_json)):
+            self.nodes.publish_set(key, zarr_json)
         return key
 
     def sets(self) -> list[SetRecord]:
@@ -176,7 +198,7 @@ class Store:
         _, key = self.resolve(prefix, kinds=("sets",))
         record = self._read_set(key)
         if record is None:
-            raise StoreError(f"{self._place('sets', key)} has just been removed.")
+            raise StoreError(f"{self._called('sets', key)} has just been removed.")
         return record
 
     def missing(self, record: SetRecord, patient: bool = True) -> dict[str, list[str]]:
@@ -197,7 +219,7 @@ class Store:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise StoreError(f"{self.path} has nothing in {', '.join(kinds)} whose key begins with {prefix!r}.")
+            raise StoreError(f"{self.name} has nothing in {', '.join(kinds)} whose key begins with {prefix!r}.")
         some = ", ".join(f"{kind}/{key[:16]}" for kind, key in sorted(found)[:5])
         raise StoreError(f"{len(found)} keys begin with {prefix!r} ({some}, ...); give more digits.")
 
@@ -207,42 +229,46 @@ class Store:
         return {kind: keys for kind, keys in lacking.items() if keys}
 
     def _read_set(self, key: str) -> SetRecord | None:
-        place = self._place("sets", key)
         try:
-            return parse_set((place / "zarr.json").read_bytes(), key)
+            return parse_set(self._zarr_json("sets", key), key)
         except FileNotFoundError as error:
-            if not place.exists():
+            if not self.nodes.exists("sets", key):
                 return None  # dropped since the scan
-            raise StoreError(f"{place} is damaged: it has no zarr.json. {_REPAIR}") from error
+            raise StoreError(f"{self._called('sets', key)} is damaged: it has no zarr.json. {_REPAIR}") from error
         except (Damage, OSError) as error:
-            raise _refused(place, error) from error
+            raise self._refused("sets", key, error) from error
+
+    def _zarr_json(self, kind: str, key: str) -> bytes:
+        return self.nodes.read(kind, key, ("zarr.json",))["zarr.json"]
 
     def _scan(self, kind: str) -> Iterator[str]:
         try:
-            with os.scandir(self.path / kind) as names:
-                yield from (name.name for name in names if KEY.fullmatch(name.name))
+            yield from (name for name in self.nodes.scan(kind) if KEY.fullmatch(name))
         except OSError as error:
-            raise StoreError(f"{self.path / kind} cannot be listed: {error.strerror}.") from error
+            raise StoreError(f"{self.name}/{kind} cannot be listed: {error.strerror}.") from error
 
-    def _place(self, kind: str, key: str) -> Path:
-        if not KEY.fullmatch(key):
-            raise StoreError(f"{key!r} is not a key: a key is 64 lower-case hexadecimal digits.")
-        return self.path / kind / key
+    def _called(self, kind: str, key: str) -> str:
+        return f"{self.name}/{kind}/{key}"
+
+    def _refused(self, kind: str, key: str, error: Damage | OSError) -> StoreError:
+        if isinstance(error, OSError) and error.errno not in _BROKEN:
+            return StoreError(f"{self._called(kind, key)} cannot be read: {error.strerror}.")
+        return StoreError(f"{self._called(kind, key)} is damaged: {error}. {_REPAIR}")
 
     def _must_write(self) -> None:
         if self.mode != "a":
-            raise StoreError(f"{self.path} was opened for reading only.")
+            raise StoreError(f"{self.name} was opened for reading only.")
 
     @contextmanager
-    def _told(self, name: str, size: int) -> Iterator[None]:
+    def _told(self, kind: str, key: str, size: int) -> Iterator[None]:
         """Turn an OSError into a sentence; whatever was committed before stays."""
         try:
             yield
         except OSError as error:
             if error.errno in _READ_ONLY:
-                raise _read_only(self.path, error) from error
+                raise _read_only(self.name, error) from error
             raise RelayError(
-                f"{self.path / name}: writing {size:,} bytes failed ({error.strerror}). What was committed "
+                f"{self._called(kind, key)}: writing {size:,} bytes failed ({error.strerror}). What was committed "
                 "before is kept; make room or mend the disk, then run the command again: it continues."
             ) from error
 
@@ -262,91 +288,40 @@ def open(
     if mode not in ("r", "a") or codec not in encoding.CODECS:
         raise ValueError(f"mode {mode!r}, codec {codec!r}: mode is 'r' or 'a', codec is one of {encoding.CODECS}")
     if "://" in os.fspath(path):
-        raise StoreError(f"{os.fspath(path)}: only folders on a file system are supported as a store.")
+        from flux2_relay.cache import remote  # only here: it needs the extra `remote`
+
+        return Store(remote.open_nodes(os.fspath(path), mode), mode, codec, wait)
     root = Path(path).expanduser().resolve()
     if mode == "a":
-        _create_if_absent(root)
-    _check_root(root)
+        try:
+            nodes.create_folder(root)
+        except OSError as error:
+            raise StoreError(f"{root} cannot be created: {error.strerror}.") from error
+    nodes.check_folder(root)
     if mode == "a":
-        _complete_and_try(root)
-    return Store(root, mode, codec, wait)
+        try:
+            nodes.complete_folder(root)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                raise _read_only(str(root), error) from error
+            raise RelayError(f"{root} cannot be written: {error.strerror}.") from error
+    return Store(Folder(root), mode, codec, wait)
 
 
-def _create_if_absent(root: Path) -> None:
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        return
-    groups = {"zarr.json": encoding.build_group({"format": FORMAT, "version": VERSION})}
-    groups |= {f"{name}/zarr.json": encoding.build_group({}) for name in _GROUPS}
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        durable.publish_folder(groups, root.parent, root)
-    except OSError as error:
-        raise StoreError(f"{root} cannot be created: {error.strerror}.") from error
-
-
-def _check_root(root: Path) -> None:
-    """Refuse whatever is not a store of this version, saying what it is instead."""
-    if not root.exists():
-        raise StoreError(f"{root} does not exist. Run `relay encode` to make it, or correct `cache.path`.")
-    if not root.is_dir():
-        raise StoreError(f"{root} is a file; a store is a folder. Correct `cache.path`.")
-    try:
-        attributes = encoding.parse_object((root / "zarr.json").read_bytes()).get("attributes", {})
-    except FileNotFoundError as error:
-        old = any((root / name).exists() for name in (".zgroup", ".zarray"))
-        what = "a Zarr of format 2" if old else "a folder without zarr.json"
-        raise StoreError(f"{root} is not a store: it is {what}. Correct `cache.path`.") from error
-    except (Damage, OSError) as error:
-        raise StoreError(f"{root} cannot be read as a store: {error}.") from error
-    if attributes.get("format") != FORMAT:
-        raise StoreError(f"{root} is a Zarr hierarchy, but not a store of this program. Correct `cache.path`.")
-    version = attributes.get("version")
-    if type(version) is not int or version != VERSION:
-        raise StoreError(
-            f"{root} is a store of version {version}; this program reads version {VERSION}. "
-            "Use the release that wrote it, or another `cache.path`."
-        )
-
-
-def _complete_and_try(root: Path) -> None:
-    """Put back group folders that a copy left out, and find out now whether the store can be written."""
-    try:
-        for name in _GROUPS:
-            if not (root / name / "zarr.json").is_file():
-                _restore_group(root, root / name)
-        durable.probe(root / "tmp")
-    except OSError as error:
-        if error.errno in _READ_ONLY:
-            raise _read_only(root, error) from error
-        raise RelayError(f"{root} cannot be written: {error.strerror}.") from error
-
-
-def _restore_group(root: Path, group: Path) -> None:
-    files = {"zarr.json": encoding.build_group({})}
-    if not group.exists():
-        durable.publish_folder(files, root, group)
-    else:
-        durable.write_and_sync(group / "zarr.json", files["zarr.json"])
-
-
-def _refused(place: Path, error: Damage | OSError) -> StoreError:
-    if isinstance(error, OSError) and error.errno not in _BROKEN:
-        return StoreError(f"{place} cannot be read: {error.strerror}.")
-    return StoreError(f"{place} is damaged: {error}. {_REPAIR}")
-
-
-def _read_only(path: Path, error: OSError) -> StoreError:
+def _read_only(name: str, error: OSError) -> StoreError:
     return StoreError(
-        f"{path} cannot be written ({error.strerror}). Training only reads; to encode, make it writable or "
+        f"{name} cannot be written ({error.strerror}). Training only reads; to encode, make it writable or "
         "choose another `cache.path`."
     )
-
-
-def _read_node(place: Path, chunk_name: str) -> dict[str, bytes]:
-    return {name: (place / name).read_bytes() for name in (chunk_name, "zarr.json")}
 
 
 def _known(kind: str) -> str:
     if kind not in KINDS:
         raise StoreError(f"there is no kind {kind!r}; a store holds {', '.join(KINDS)}.")
     return kind
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise StoreError(f"{key!r} is not a key: a key is 64 lower-case hexadecimal digits.")
+    return key

@@ -37,7 +37,7 @@ def find_set(store: Store, config: Config) -> SetRecord:
     for record in records:
         if record.body.get("request") == request:
             return record
-    raise InputError(f"{store.path}: {_why_none(records, request)}. Run `relay encode` with this config first.")
+    raise InputError(f"{store.name}: {_why_none(records, request)}. Run `relay encode` with this config first.")
 
 
 def _why_none(records: list[SetRecord], request: Mapping[str, object]) -> str:

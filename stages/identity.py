@@ -11,12 +11,12 @@ import json
 import os
 import re
 import sqlite3
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+from flux2_relay.cache.durable import memory_folder
 from flux2_relay.stages.weights import TensorInfo, Tensors
 
 _BLOCK, _BLOCKS = 4096, 64
@@ -117,14 +117,6 @@ def _tripwire(file: Path) -> str:
             handle.seek(block * max(0, size - _BLOCK) // (_BLOCKS - 1))
             digest.update(handle.read(_BLOCK))
     return digest.hexdigest()
-
-
-def memory_folder() -> Path:
-    """The folder for what can be computed again: `$XDG_CACHE_HOME` or the system's place, then flux2-relay."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "flux2-relay"
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return home / "flux2-relay"
 
 
 class _Memo:

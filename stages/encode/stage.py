@@ -100,7 +100,7 @@ def encode(job: Job) -> Encoded:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
     if missing:
         counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
-        raise RelayError(f"{job.store.path}: entries keep vanishing ({counts}); is something else deleting them?")
+        raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
     captions = sum(want.text[key]["caption"] is not None for key in first.get("text", ()))
     pictures = len(first.get("latents", ()))
     present = len(want.text) + len(want.latents) - sum(map(len, first.values()))

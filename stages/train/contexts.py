@@ -53,7 +53,7 @@ def open_contexts(store: Store, body: Mapping[str, object], context_width: int) 
     empty = store.read("text", shared["empty"])
     if empty.array.shape[-1] != context_width:
         raise InputError(
-            f"{store.path}: the captions of this set have {empty.array.shape[-1]} channels, but the transformer of "
+            f"{store.name}: the captions of this set have {empty.array.shape[-1]} channels, but the transformer of "
             f"model.path reads {context_width}: they were encoded for another model. Run `relay encode`."
         )
     prefix, pad = (to_mlx(store.read("text", shared[name])) if shared.get(name) else None for name in ("prefix", "pad"))
