@@ -45,6 +45,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint under `folder` and remove all but the `keep` newest -> its folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(f"{_ASIDE}*"):  # of a process that was killed while it saved
+        shutil.rmtree(unfinished, ignore_errors=True)
     aside, place = folder / f"{_ASIDE}{uuid4().hex}", folder / f"{checkpoint.state.step:06d}"
     aside.mkdir()
     try:
