@@ -1,30 +1,26 @@
 """Loss and adapter gradients, block by block.
 
-The forward pass keeps nothing but the input of each block; the backward pass takes the blocks from the last to the
-first, each time computing the block again and pulling the cotangent of its output through it. One forward and one
-backward function a kind of block, compiled once, with weights and adapters as arguments. Work is dispatched at most
-`AHEAD` blocks ahead: everything dispatched holds its memory until it has run.
+The forward pass keeps the input of each block, and of the last `keep` blocks also their wide projections; the backward
+pass takes the blocks from the last to the first (`backward.py`), as far as adapters go.
 
 The modulation depends on sigma and guidance alone, and only block linears carry adapters: it is a constant here.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
 
 from flux2_relay.stages.train import blocks, objective
-from flux2_relay.stages.train.blocks import Adapters, Rotary, Weights
+from flux2_relay.stages.train.backward import Backward
+from flux2_relay.stages.train.blocks import KeptDouble
+from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
+from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.train.transformer import DOUBLE, SINGLE, Modulation, Transformer
 
-AHEAD = 2
-"""Blocks whose work may be under way at once."""
-
 Gradients = dict[str, mx.array]
-Pair = tuple[mx.array, mx.array]
 
 
 def loss_and_gradients(
@@ -41,143 +37,94 @@ def loss_and_gradients(
     """
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
     weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
-    run = _Run(
+    run = _Pass(
         transformer,
         transformer.modulation(sigma, guidance),
         transformer.rotary(batch.latent_ids, batch.text_ids),
+        transformer.pieces,
     )
-    noisy = objective.add_noise(batch.latents, noise, sigma)
-    doubles, singles, hidden = run.forward(*transformer.embed(noisy, batch.context))
+    hidden = run.forward(*transformer.embed(objective.add_noise(batch.latents, noise, sigma), batch.context))
     text_rows = batch.context.shape[1]
 
     def head(hidden: mx.array) -> mx.array:
-        velocity = blocks.output(hidden[:, text_rows:], run.modulation.final, transformer.outer, transformer.spec.eps)
+        velocity = transformer.output(hidden[:, text_rows:], run.modulation)
         return objective.loss(velocity, batch.latents, noise, weight)
 
     loss, cotangent = mx.value_and_grad(head)(hidden)
-    gradients = run.backward_single(singles, cotangent)
-    text, image = mx.split(run.cotangent, [text_rows], axis=1)
-    gradients |= run.backward_double(doubles, (image, text))
+    gradients = run.backward(cotangent, text_rows)
+    transformer.pieces.settle()
     return loss, gradients
 
 
-class _Run:
-    """One pass through the blocks of a transformer, and back."""
+class _Pass:
+    """One pass through the blocks, and back as far as adapters go."""
 
-    def __init__(self, transformer: Transformer, modulation: Modulation, rotary: Rotary) -> None:
-        self.transformer, self.modulation, self.rotary = transformer, modulation, rotary
-        self.under_way: deque[Sequence[mx.array]] = deque()
-        self.cotangent = mx.array(0.0)
+    def __init__(self, transformer: Transformer, modulation: Modulation, rotary: Rotary, pieces: Pieces) -> None:
+        self.transformer, self.modulation, self.rotary, self.pieces = transformer, modulation, rotary, pieces
+        self.doubles: list[tuple[list[mx.array], KeptDouble | None]] = []
+        self.singles: list[tuple[mx.array, mx.array | None]] = []
 
-    def forward(self, image: mx.array, text: mx.array) -> tuple[list[Pair], list[mx.array], mx.array]:
-        """The inputs of all double blocks, of all single blocks, and the last output [B, T + L, D]."""
+    def forward(self, text: mx.array, image: mx.array) -> mx.array:
+        """The stream [B, T + L, D] behind the last block; every block's input is noted."""
         model = self.transformer
-        of_block = (self.modulation.image, self.modulation.text)
-        doubles, singles = [], []
-        run = self._compiled("double", _double(model))
-        for index, weights in enumerate(model.double):
-            doubles.append((image, text))
-            image, text = run(weights, model.adapters_of(DOUBLE, index), (image, text), of_block, self.rotary)
-            self._dispatch(image, text)
-        hidden = mx.concatenate([text, image], axis=1)
-        run = self._compiled("single", _single(model))
-        for index, weights in enumerate(model.single):
-            singles.append(hidden)
-            hidden = run(weights, model.adapters_of(SINGLE, index), hidden, self.modulation.single, self.rotary)
-            self._dispatch(hidden)
-        return doubles, singles, hidden
+        first_kept = model.spec.double_blocks + model.spec.single_blocks - model.keep
+        streams = [text, image]
+        for index in range(model.spec.double_blocks):
+            block = model.block(DOUBLE, index)
+            following, kept = blocks.double_forward(self.pieces, block, streams, self.modulation.double, self.rotary)
+            self.doubles.append((streams, kept if index >= first_kept else None))
+            streams = following
+        hidden = mx.concatenate(streams, axis=1)
+        for index in range(model.spec.single_blocks):
+            block = model.block(SINGLE, index)
+            following, wide = blocks.single_forward(self.pieces, block, hidden, self.modulation.single, self.rotary)
+            is_kept = index + model.spec.double_blocks >= first_kept
+            self.singles.append((hidden, wide if is_kept else None))
+            hidden = following
+        return hidden
 
-    def backward_single(self, inputs: list[mx.array], cotangent: mx.array) -> Gradients:
-        """Gradients of the single blocks' adapters; leaves the cotangent of their first input."""
+    def backward(self, cotangent: mx.array, text_rows: int) -> Gradients:
+        """Gradients of all adapters; the passage stops at the first block that has one."""
         model, gradients = self.transformer, {}
-        run = self._compiled("single backward", _backward(_single(model)))
-        for index in reversed(range(len(inputs))):
-            adapters = model.adapters_of(SINGLE, index)
-            found, cotangent = run(
-                model.single[index], adapters, inputs.pop(), self.modulation.single, self.rotary, cotangent
+        backward = Backward(self.pieces, self.rotary, model.attention_heads)
+        trained = sorted({_place(path, model.spec.double_blocks) for path in model.adapters})
+        first = trained[0] if trained else model.spec.double_blocks + model.spec.single_blocks
+        for index in reversed(range(max(0, first - model.spec.double_blocks), model.spec.single_blocks)):
+            hidden, wide = self.singles.pop()
+            found, pulled = backward.single(
+                model.block(SINGLE, index),
+                hidden,
+                wide,
+                self.modulation.single,
+                cotangent,
+                index + model.spec.double_blocks > first,
             )
             gradients |= _named(f"{SINGLE}.{index}", found)
-            self._dispatch(cotangent, *_leaves(found))
-        self.cotangent = cotangent
-        return gradients
-
-    def backward_double(self, inputs: list[Pair], cotangent: Pair) -> Gradients:
-        """Gradients of the double blocks' adapters."""
-        model, gradients = self.transformer, {}
-        of_block = (self.modulation.image, self.modulation.text)
-        run = self._compiled("double backward", _backward(_double(model)))
-        for index in reversed(range(len(inputs))):
-            adapters = model.adapters_of(DOUBLE, index)
-            found, cotangent = run(model.double[index], adapters, inputs.pop(), of_block, self.rotary, cotangent)
+            cotangent = cotangent if pulled is None else pulled
+        cotangents = blocks.split(cotangent, [text_rows], axis=1)
+        for index in reversed(range(first, model.spec.double_blocks)):
+            streams, kept = self.doubles.pop()
+            found, pulled = backward.double(
+                model.block(DOUBLE, index),
+                streams,
+                kept,
+                self.modulation.double,
+                cotangents,
+                index > first,
+            )
             gradients |= _named(f"{DOUBLE}.{index}", found)
-            # The first block's own cotangent is never asked for, so it is never computed.
-            self._dispatch(*(cotangent if index else ()), *_leaves(found))
+            cotangents = [g for g in pulled if g is not None] or cotangents
         return gradients
 
-    def _compiled(self, name: str, function: Callable[..., object]) -> Callable:
-        cache = self.transformer.compiled
-        if name not in cache:
-            cache[name] = mx.compile(function)
-        return cache[name]
 
-    def _dispatch(self, *arrays: mx.array) -> None:
-        mx.async_eval(*arrays)
-        self.under_way.append(arrays)
-        if len(self.under_way) > AHEAD:
-            mx.eval(*self.under_way.popleft())
+def _place(path: str, double_blocks: int) -> int:
+    """A block's place among all blocks, from the path of one of its linears."""
+    kind, index, _ = path.split(".", 2)
+    return int(index) + (double_blocks if kind == SINGLE else 0)
 
 
-def _double(model: Transformer) -> Callable:
-    spec = model.spec
-
-    def double(weights: Weights, adapters: Adapters, streams: Pair, modulation: Pair, rotary: Rotary) -> Pair:
-        return blocks.double_block(weights, adapters, streams, modulation, rotary, spec)
-
-    return double
-
-
-def _single(model: Transformer) -> Callable:
-    spec = model.spec
-
-    def single(
-        weights: Weights, adapters: Adapters, hidden: mx.array, modulation: mx.array, rotary: Rotary
-    ) -> mx.array:
-        return blocks.single_block(weights, adapters, hidden, modulation, rotary, spec)
-
-    return single
-
-
-def _backward(block: Callable) -> Callable:
-    """The function that gives the gradients of a block's adapters and the cotangent of its input."""
-
-    def backward(
-        weights: Weights,
-        adapters: Adapters,
-        inputs: object,
-        modulation: object,
-        rotary: Rotary,
-        cotangent: object,
-    ) -> tuple[dict[str, Pair], object]:
-        def scalar(factors: Mapping[str, Pair], inputs: object) -> mx.array:
-            full = {name: (*factors[name], scale) for name, (_, _, scale) in adapters.items()}
-            out = block(weights, full, inputs, modulation, rotary)
-            # The derivative of <out, cotangent> is the pulled-back cotangent.
-            if isinstance(out, tuple):
-                return mx.sum(out[0] * cotangent[0]) + mx.sum(out[1] * cotangent[1])
-            return mx.sum(out * cotangent)
-
-        factors = {name: (a, b) for name, (a, b, _) in adapters.items()}
-        return mx.grad(scalar, argnums=(0, 1))(factors, inputs)
-
-    return backward
-
-
-def _named(block: str, gradients: Mapping[str, Pair]) -> Gradients:
+def _named(block: str, gradients: Mapping[str, tuple[mx.array, mx.array]]) -> Gradients:
     named = {}
     for name, (a, b) in gradients.items():
         named |= {f"{block}.{name}.lora_A.weight": a, f"{block}.{name}.lora_B.weight": b}
     return named
-
-
-def _leaves(gradients: Mapping[str, Pair]) -> list[mx.array]:
-    return [factor for pair in gradients.values() for factor in pair]

@@ -1,38 +1,65 @@
-"""The two kinds of block, and everything around them, as pure functions of arrays.
+"""The two kinds of block, forward, as pieces: pure functions of arrays that are compiled one by one.
 
-Weights and adapters are arguments, never captured: one compiled function serves every block of a kind, resident or
-streamed, and gradients cannot be lost to a closure. Names inside a block are diffusers' own.
+Weights and adapters are arguments, never captured: one compiled piece serves every block of a kind, resident or
+streamed, and gradients cannot be lost to a closure. `backward.py` pulls cotangents through the same pieces. A `Run`
+calls a piece; it decides whether to compile it and how far ahead to dispatch it.
 
 Letters: B batch, L image tokens, T text tokens, D hidden, N heads, d head dim, M MLP width.
 Source: diffusers `Flux2Transformer2DModel`; gates are raw, scales enter as 1 + scale, attention has no mask.
 """
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from flux2_relay.stages.quantize import Weight, product
-from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.quantize import Weight, dense, product
+from flux2_relay.stages.train.embeddings import Rotary
 
 Weights = Mapping[str, Weight]
 """The weights of one block (or of the parts outside the blocks) by name."""
-Adapters = Mapping[str, tuple[mx.array, mx.array, mx.array]]
-"""Linear's name -> (A [r, in], B [out, r], scale []), float32; absent where a linear has no adapter."""
-Rotary = tuple[mx.array, mx.array]
-"""cos and sin [T + L, d/2] float32."""
+Adapter = tuple[mx.array, mx.array, mx.array]
+"""A [r, in], B [out, r], scale [], all float32."""
+Adapters = Mapping[str, Adapter]
+"""Linear's name inside its block -> adapter; absent where a linear has none."""
+Linear = tuple[Weight, Adapter | tuple[()]]
+"""One linear with what is attached to it."""
+Norms = tuple[mx.array, mx.array]
+"""Weights [d] of the RMS norms of q and k."""
+Modulations = Sequence[mx.array]
+"""Shift, scale, gate [B, 1, D] of a single block's one part; of a double block's attention and then its MLP."""
+Run = Callable[..., Any]
+"""run(piece, *arguments) -> what the piece returns."""
 
 
-def linear(x: mx.array, name: str, weights: Weights, adapters: Adapters) -> mx.array:
-    """x [..., in] -> [..., out]: the base product plus scale * B(Ax) where `name` has an adapter."""
-    y = product(x, weights[name])
-    if name not in adapters:
-        return y
-    a, b, scale = adapters[name]
-    low = x @ a.astype(x.dtype).T
-    return y + (low @ b.astype(x.dtype).T) * scale.astype(x.dtype)
+def direct(piece: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - whatever the piece takes and returns
+    """Call a piece as it is: for plain autodiff, which cannot see through compiled functions."""
+    return piece(*arguments)
+
+
+def split(x: mx.array, parts: int | Sequence[int], axis: int) -> list[mx.array]:
+    """Cut x into equal parts or at places; its gradient is one concatenation, where slices cost a buffer each."""
+    return cast(list[mx.array], mx.split(x, parts if isinstance(parts, int) else list(parts), axis=axis))
+
+
+class Sizes(NamedTuple):
+    """The numbers of a spec that pieces need; a tuple, so that compiled pieces take it as a constant."""
+
+    hidden: int
+    mlp: int
+    eps: float
+
+
+def linear(x: mx.array, layer: Linear) -> mx.array:
+    """x [..., in] -> [..., out]: the base product plus scale * B(Ax)."""
+    weight, adapter = layer
+    if not adapter:
+        return product(x, weight)
+    a, b, scale = adapter
+    low = (x @ a.astype(x.dtype).T) * scale.astype(x.dtype)
+    return mx.addmm(low @ b.astype(x.dtype).T, x, dense(weight, x.shape[-1], x.dtype).T)
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
@@ -42,16 +69,16 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
 
 def gated(x: mx.array) -> mx.array:
     """silu(gate) * up of [..., 2M] -> [..., M], gate first."""
-    gate, up = mx.split(x, 2, axis=-1)
+    gate, up = split(x, 2, axis=-1)
     return nn.silu(gate) * up
 
 
-def to_heads(x: mx.array, heads: int) -> mx.array:
-    """[B, L, N*d] -> [B, N, L, d]."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+def heads_of(x: mx.array, width: int) -> mx.array:
+    """[B, L, N*d] -> [B, N, L, d] for heads of `width` d."""
+    return x.reshape(*x.shape[:2], -1, width).transpose(0, 2, 1, 3)
 
 
-def from_heads(x: mx.array) -> mx.array:
+def rows_of(x: mx.array) -> mx.array:
     """[B, N, L, d] -> [B, L, N*d]."""
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
@@ -59,128 +86,151 @@ def from_heads(x: mx.array) -> mx.array:
 def rotate(x: mx.array, rotary: Rotary) -> mx.array:
     """Turn each interleaved pair (2j, 2j+1) of x [B, N, L, d] by its angle, in float32, back in x's dtype."""
     cos, sin = (table[:, :, None] for table in rotary)
-    first, second = mx.split(x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2), 2, axis=-1)
+    first, second = split(x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2), 2, axis=-1)
     turned = mx.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def attend(query: mx.array, key: mx.array, value: mx.array, rotary: Rotary) -> mx.array:
-    """Attention of every row to every row; q, k, v [B, N, T + L, d] -> [B, T + L, N*d]."""
-    query, key = rotate(query, rotary), rotate(key, rotary)
-    out = mx.fast.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** -0.5)
-    return from_heads(out)
+def attention(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
+    """Every row looks at every row; [B, N, T + L, d] three times -> [B, N, T + L, d]."""
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=query.shape[-1] ** -0.5)
 
 
-def query_key_value(
-    x: mx.array, names: tuple[str, ...], weights: Weights, adapters: Adapters, spec: TransformerSpec
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Projections of one stream of a double block, q and k normalised: three of [B, N, L, d]."""
-    to_q, to_k, to_v, norm_q, norm_k = names
-    query, key, value = (to_heads(linear(x, name, weights, adapters), spec.heads) for name in (to_q, to_k, to_v))
-    return rms(query, weights[norm_q], spec.eps), rms(key, weights[norm_k], spec.eps), value
+def turned_heads(wide: Sequence[mx.array], scales: Sequence[Norms], rotary: Rotary, eps: float) -> list[mx.array]:
+    """Projections to what attention takes: q, k, v [B, N, rows, d], q and k normalised and turned.
+
+    `wide` is one [B, rows, 3D] a stream (text before image), with q, k and v side by side; `scales` its norms.
+    """
+    streams = []
+    for projected, of_stream in zip(wide, scales, strict=True):
+        query, key, value = (heads_of(x, of_stream[0].shape[0]) for x in split(projected, 3, axis=-1))
+        query, key = (mx.fast.rms_norm(x, w.astype(x.dtype), eps) for x, w in zip((query, key), of_stream, strict=True))
+        streams.append((query, key, value))
+    query, key, value = (mx.concatenate(list(parts), axis=2) for parts in zip(*streams, strict=True))
+    return [rotate(query, rotary), rotate(key, rotary), value]
 
 
-def rms(x: mx.array, weight: Weight, eps: float) -> mx.array:
-    """RMS norm over the head dim, float32 inside, in x's dtype."""
-    assert isinstance(weight, mx.array)  # norms are never quantized
-    return mx.fast.rms_norm(x, weight.astype(x.dtype), eps)
+def enter(x: mx.array, modulation: Sequence[mx.array], layers: Sequence[Linear], eps: float) -> mx.array:
+    """Modulated x [B, L, D] through linears that share it, their outputs side by side."""
+    x = modulate(x, modulation[0], modulation[1], eps)
+    outputs = [linear(x, layer) for layer in layers]
+    return mx.concatenate(outputs, axis=-1) if len(outputs) > 1 else outputs[0]
 
 
-_IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.norm_q", "attn.norm_k")
-_TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.norm_added_q", "attn.norm_added_k")
+def leave(x: mx.array, gate: mx.array, inner: Sequence[mx.array], layer: Linear) -> mx.array:
+    """x + gate * linear(inner), where `inner` are pieces of the linear's input side by side."""
+    joined = mx.concatenate(list(inner), axis=-1) if len(inner) > 1 else inner[0]
+    return x + gate * linear(joined, layer)
 
 
-def double_block(
-    weights: Weights,
-    adapters: Adapters,
-    streams: tuple[mx.array, mx.array],
-    modulation: tuple[mx.array, mx.array],
-    rotary: Rotary,
-    spec: TransformerSpec,
+def single_middle(wide: mx.array, scales: Norms, rotary: Rotary, sizes: Sizes) -> list[mx.array]:
+    """The fused projection of a single block -> attention's output [B, rows, D] and the MLP's [B, rows, M]."""
+    qkv, mlp = single_parts(wide, sizes)
+    return [rows_of(attention(*turned_heads([qkv], [scales], rotary, sizes.eps))), gated(mlp)]
+
+
+def single_parts(wide: mx.array, sizes: Sizes) -> list[mx.array]:
+    """The fused projection -> q, k, v side by side [B, rows, 3D], and gate, up [B, rows, 2M]."""
+    return split(wide, [3 * sizes.hidden], axis=-1)
+
+
+def double_middle(wide: Sequence[mx.array], scales: Sequence[Norms], rotary: Rotary, sizes: Sizes) -> list[mx.array]:
+    """q, k, v [B, T, 3D] of text and [B, L, 3D] of image -> attention's output for each, [B, T, D] and [B, L, D]."""
+    joined = rows_of(attention(*turned_heads(wide, scales, rotary, sizes.eps)))
+    return split(joined, [wide[0].shape[1]], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Names inside a double block of what belongs to one stream."""
+
+    qkv: tuple[str, str, str]
+    norms: tuple[str, str]
+    out: str
+    mlp: tuple[str, str]
+
+
+STREAMS = (
+    Stream(
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        ("attn.norm_added_q", "attn.norm_added_k"),
+        "attn.to_add_out",
+        ("ff_context.linear_in", "ff_context.linear_out"),
+    ),
+    Stream(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.norm_q", "attn.norm_k"),
+        "attn.to_out.0",
+        ("ff.linear_in", "ff.linear_out"),
+    ),
+)
+"""Text, then image: the order in which attention joins them."""
+SINGLE_IN, SINGLE_OUT, SINGLE_NORMS = "attn.to_qkv_mlp_proj", "attn.to_out", ("attn.norm_q", "attn.norm_k")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block about to run: its tensors, its adapters, its sizes."""
+
+    weights: Weights
+    adapters: Adapters
+    sizes: Sizes
+
+    def layer(self, name: str) -> Linear:
+        """One of its linears with what is attached to it."""
+        return self.weights[name], self.adapters.get(name, ())
+
+    def norms(self, names: tuple[str, str]) -> Norms:
+        """The weights of its q and k norms under these names; they are never quantized."""
+        query, key = (self.weights[name] for name in names)
+        return cast(mx.array, query), cast(mx.array, key)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDouble:
+    """What the backward pass of a double block starts from; computed again where it was not kept. Text, then image."""
+
+    wide: list[mx.array]  # q, k, v side by side
+    middle: list[mx.array]  # the streams after attention
+    up: list[mx.array]  # gate, up side by side
+
+
+def double_forward(
+    run: Run, block: Block, streams: Sequence[mx.array], modulation: Sequence[Modulations], rotary: Rotary
+) -> tuple[list[mx.array], KeptDouble]:
+    """Text [B, T, D] and image [B, L, D] through a double block -> the same, and what can be kept."""
+    kept = double_start(run, block, streams, modulation, rotary)
+    inner = [run(gated, up) for up in kept.up]
+    layers = [block.layer(names.mlp[1]) for names in STREAMS]
+    parts = zip(kept.middle, modulation, inner, layers, strict=True)
+    return [run(leave, x, m[5], [z], layer) for x, m, z, layer in parts], kept
+
+
+def double_start(
+    run: Run, block: Block, streams: Sequence[mx.array], modulation: Sequence[Modulations], rotary: Rotary
+) -> KeptDouble:
+    """A double block up to the wide product of its MLPs: all that its backward pass needs."""
+    eps = block.sizes.eps
+    both = list(zip(STREAMS, streams, modulation, strict=True))
+    wide = [run(enter, x, m[:2], [block.layer(name) for name in names.qkv], eps) for names, x, m in both]
+    outs = run(double_middle, wide, [block.norms(names.norms) for names in STREAMS], rotary, block.sizes)
+    middle = [run(leave, x, m[2], [o], block.layer(names.out)) for (names, x, m), o in zip(both, outs, strict=True)]
+    up = [
+        run(enter, x, m[3:5], [block.layer(names.mlp[0])], eps)
+        for names, x, m in zip(STREAMS, middle, modulation, strict=True)
+    ]
+    return KeptDouble(wide, middle, up)
+
+
+def single_forward(
+    run: Run, block: Block, hidden: mx.array, modulation: Modulations, rotary: Rotary
 ) -> tuple[mx.array, mx.array]:
-    """Image [B, L, D] and text [B, T, D], modulation [B, 6D] for each -> image and text.
-
-    Rows are joined text first for attention; the attention and then the MLP of each stream are added through a gate.
-    """
-    image, text = streams
-    shift_i, scale_i, gate_i, mlp_shift_i, mlp_scale_i, mlp_gate_i = mx.split(modulation[0][:, None], 6, axis=-1)
-    shift_t, scale_t, gate_t, mlp_shift_t, mlp_scale_t, mlp_gate_t = mx.split(modulation[1][:, None], 6, axis=-1)
-    of_image = query_key_value(modulate(image, shift_i, scale_i, spec.eps), _IMAGE, weights, adapters, spec)
-    of_text = query_key_value(modulate(text, shift_t, scale_t, spec.eps), _TEXT, weights, adapters, spec)
-    query, key, value = (mx.concatenate([t, i], axis=2) for t, i in zip(of_text, of_image, strict=True))
-    out_text, out_image = mx.split(attend(query, key, value, rotary), [text.shape[1]], axis=1)
-    image = image + gate_i * linear(out_image, "attn.to_out.0", weights, adapters)
-    text = text + gate_t * linear(out_text, "attn.to_add_out", weights, adapters)
-    image = image + mlp_gate_i * _mlp(modulate(image, mlp_shift_i, mlp_scale_i, spec.eps), "ff", weights, adapters)
-    text = text + mlp_gate_t * _mlp(modulate(text, mlp_shift_t, mlp_scale_t, spec.eps), "ff_context", weights, adapters)
-    return image, text
+    """Text and image in one stream [B, T + L, D] through a single block -> the stream, and its fused projection."""
+    wide = single_start(run, block, hidden, modulation)
+    inner = run(single_middle, wide, block.norms(SINGLE_NORMS), rotary, block.sizes)
+    return run(leave, hidden, modulation[2], inner, block.layer(SINGLE_OUT)), wide
 
 
-def _mlp(x: mx.array, name: str, weights: Weights, adapters: Adapters) -> mx.array:
-    wide = linear(x, f"{name}.linear_in", weights, adapters)
-    return linear(gated(wide), f"{name}.linear_out", weights, adapters)
-
-
-def single_block(
-    weights: Weights,
-    adapters: Adapters,
-    hidden: mx.array,
-    modulation: mx.array,
-    rotary: Rotary,
-    spec: TransformerSpec,
-) -> mx.array:
-    """Text and image rows in one stream [B, T + L, D], modulation [B, 3D] -> the stream.
-
-    Attention and MLP are parallel: one projection in (q, k, v, gate, up), one out (attention, MLP).
-    """
-    shift, scale, gate = mx.split(modulation[:, None], 3, axis=-1)
-    wide = linear(modulate(hidden, shift, scale, spec.eps), "attn.to_qkv_mlp_proj", weights, adapters)
-    query, key, value, mlp = mx.split(wide, [spec.hidden, 2 * spec.hidden, 3 * spec.hidden], axis=-1)
-    query, key, value = (to_heads(x, spec.heads) for x in (query, key, value))
-    query, key = (rms(x, weights[f"attn.norm_{n}"], spec.eps) for x, n in ((query, "q"), (key, "k")))
-    out = mx.concatenate([attend(query, key, value, rotary), gated(mlp)], axis=-1)
-    return hidden + gate * linear(out, "attn.to_out", weights, adapters)
-
-
-def output(hidden: mx.array, modulation: mx.array, weights: Weights, eps: float) -> mx.array:
-    """Image rows [B, L, D], modulation [B, 2D] (scale first) -> velocity [B, L, 128]."""
-    scale, shift = mx.split(modulation[:, None], 2, axis=-1)
-    return product(modulate(hidden, shift, scale, eps), weights["proj_out"])
-
-
-def time_features(time: np.ndarray, channels: int) -> np.ndarray:
-    """[cos, sin] features of time [B] (already times 1000) -> [B, channels] float32, cosines first.
-
-    The frequencies decide the last digits, since time reaches 4000: exponent in float32, exp in float64, rounded to
-    float32 as torch has it. (`mx.exp` on the CPU is off by up to 8 ulp.) Phases float32, cos and sin float64.
-    """
-    half = channels // 2
-    exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    if half == _HALF:
-        frequencies[_ROUNDED_UP] = np.nextafter(frequencies[_ROUNDED_UP], np.float32(2))
-    phase = (time.astype(np.float32)[:, None] * frequencies[None]).astype(np.float64)
-    return np.concatenate([np.cos(phase), np.sin(phase)], axis=-1).astype(np.float32)
-
-
-_HALF, _ROUNDED_UP = 128, [12, 106]
-"""Of FLUX.2's 128 frequencies, the two that torch's float32 exp gives one ulp higher than the exact value rounded.
-
-At time 4000 that ulp is 1e-4 of phase: without it the velocity is 5e-6 from the reference, with it 5e-7.
-"""
-
-
-def rotary_tables(ids: np.ndarray, spec: TransformerSpec) -> Rotary:
-    """cos and sin [rows, d/2] float32 of position ids [rows, 4] (t, h, w, l); angles in float64."""
-    ids = np.ascontiguousarray(ids, dtype=np.int64)
-    return _rotary_tables(ids.tobytes(), ids.shape, spec.rope_axes, spec.rope_theta)
-
-
-@lru_cache(maxsize=32)  # one a bucket; a step must not pay for the same tables again
-def _rotary_tables(ids: bytes, shape: tuple[int, ...], axes: tuple[int, ...], theta: float) -> Rotary:
-    positions = np.frombuffer(ids, dtype=np.int64).reshape(shape).astype(np.float64)
-    angles = np.concatenate(
-        [positions[:, axis, None] * theta ** (-np.arange(0, width, 2) / width) for axis, width in enumerate(axes)],
-        axis=-1,
-    )
-    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+def single_start(run: Run, block: Block, hidden: mx.array, modulation: Modulations) -> mx.array:
+    """The fused projection of a single block, all that its backward pass needs: q, k, v, gate, up side by side."""
+    return run(enter, hidden, modulation[:2], [block.layer(SINGLE_IN)], block.sizes.eps)

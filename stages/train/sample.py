@@ -6,7 +6,7 @@ Source: diffusers `Flux2Pipeline`, `Flux2KleinPipeline` and `compute_empirical_m
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
@@ -45,14 +45,15 @@ def empirical_mu(steps: int, rows: int) -> float:
 
 def draw(transformer: Transformer, picture: Picture) -> mx.array:
     """The latents [height, width, 128] float32 of a picture; the same seed always starts from the same noise."""
+    running = replace(transformer, run=transformer.pieces)
     rows = picture.height * picture.width
     latents = mx.random.normal((1, rows, transformer.spec.channels), key=randomness.key(picture.seed, "preview"))
     sigmas = schedule(picture.steps, rows)
     for sigma, following in pairwise(sigmas):
-        latents = latents + (following - sigma) * guided_velocity(transformer, picture, latents, sigma).astype(
-            mx.float32
-        )
+        velocity = guided_velocity(running, picture, latents, sigma)
+        latents = latents + (following - sigma) * velocity.astype(mx.float32)
         mx.eval(latents)  # a step at a time: nothing is dispatched further ahead than it can run
+    transformer.pieces.settle()
     return latents.reshape(picture.height, picture.width, -1)
 
 

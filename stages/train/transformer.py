@@ -5,7 +5,7 @@ Source: diffusers `Flux2Transformer2DModel`. Sigma, guidance and the features of
 product (diffusers rounds them to the model's dtype first, which moves 1000 * sigma by up to 4 in bfloat16).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import numpy as np
 from flux2_relay.stages import quantize
 from flux2_relay.stages.quantize import Weight, product
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import blocks
-from flux2_relay.stages.train.blocks import Adapters, Rotary, Weights
+from flux2_relay.stages.train import blocks, embeddings
+from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
+from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.weights import Tensors, open_tensors
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -25,12 +27,14 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """What sigma and guidance tell the blocks: `image`, `text` [B, 6D], `single` [B, 3D], `final` [B, 2D]."""
+    """What sigma and guidance tell the blocks, shared by all of a kind: shifts, scales and gates, each [B, 1, D]."""
 
-    image: mx.array
-    text: mx.array
-    single: mx.array
-    final: mx.array
+    double: tuple[list[mx.array], list[mx.array]]
+    """Text and image: shift, scale, gate of attention, then of the MLP."""
+    single: list[mx.array]
+    """Shift, scale, gate."""
+    final: list[mx.array]
+    """Scale, shift: diffusers' order."""
 
 
 @dataclass(slots=True)
@@ -42,10 +46,16 @@ class Transformer:
     outer: Weights
     double: Sequence[Weights]
     single: Sequence[Weights]
-    adapters: dict[str, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     """Full module path -> (A, B, scale); filled by `lora.attach`."""
-    compiled: dict[str, Callable[..., object]] = field(default_factory=dict)
-    """One compiled function per kind of block and direction."""
+    keep: int = 0
+    """The last blocks whose wide projections the forward pass keeps for the backward pass."""
+    attention_heads: int = 0
+    """Heads that attention's backward pass takes at a time; 0 is all."""
+    pieces: Pieces = field(default_factory=Pieces)
+    """Runs pieces compiled and a bounded way ahead, for gradients and for sampling."""
+    run: Run = direct
+    """How a call runs its pieces: plainly, so that autodiff sees through them, unless set to `pieces`."""
 
     def __call__(
         self,
@@ -61,39 +71,31 @@ class Transformer:
         latents [B, L, 128], context [B, T, C], guidance [B] or None, latent_ids [L, 4], text_ids [T, 4]. Reference
         tokens follow the target's in `latents` and `latent_ids`; their rows of the result mean nothing.
         """
-        modulation = self.modulation(sigma, guidance)
-        rotary = self.rotary(latent_ids, text_ids)
-        image, text = self.embed(latents, context)
+        modulation, rotary = self.modulation(sigma, guidance), self.rotary(latent_ids, text_ids)
+        streams = list(self.embed(latents, context))
         for index in range(self.spec.double_blocks):
-            image, text = self.run_double(index, (image, text), modulation, rotary)
-        hidden = mx.concatenate([text, image], axis=1)
+            streams, _ = blocks.double_forward(self.run, self.block(DOUBLE, index), streams, modulation.double, rotary)
+        hidden = mx.concatenate(streams, axis=1)
         for index in range(self.spec.single_blocks):
-            hidden = self.run_single(index, hidden, modulation, rotary)
-        return blocks.output(hidden[:, context.shape[1] :], modulation.final, self.outer, self.spec.eps)
+            hidden, _ = blocks.single_forward(self.run, self.block(SINGLE, index), hidden, modulation.single, rotary)
+        return self.output(hidden[:, context.shape[1] :], modulation)
 
-    def run_double(
-        self, index: int, streams: tuple[mx.array, mx.array], modulation: Modulation, rotary: Rotary
-    ) -> tuple[mx.array, mx.array]:
-        """Double block `index`: image [B, L, D] and text [B, T, D] -> the same."""
-        of_block = (modulation.image, modulation.text)
-        return blocks.double_block(
-            self.double[index], self.adapters_of(DOUBLE, index), streams, of_block, rotary, self.spec
-        )
-
-    def run_single(self, index: int, hidden: mx.array, modulation: Modulation, rotary: Rotary) -> mx.array:
-        """Single block `index`: [B, T + L, D] -> the same."""
-        adapters = self.adapters_of(SINGLE, index)
-        return blocks.single_block(self.single[index], adapters, hidden, modulation.single, rotary, self.spec)
-
-    def adapters_of(self, kind: str, index: int) -> Adapters:
-        """The adapters of one block, by their linear's name inside the block."""
+    def block(self, kind: str, index: int) -> Block:
+        """Block `index` of a kind, ready to run."""
         prefix = f"{kind}.{index}."
-        return {name.removeprefix(prefix): value for name, value in self.adapters.items() if name.startswith(prefix)}
+        adapters = {name.removeprefix(prefix): a for name, a in self.adapters.items() if name.startswith(prefix)}
+        weights = (self.double if kind == DOUBLE else self.single)[index]
+        return Block(weights, adapters, Sizes(self.spec.hidden, self.spec.mlp_width, self.spec.eps))
 
     def embed(self, latents: mx.array, context: mx.array) -> tuple[mx.array, mx.array]:
-        """latents [B, L, 128] and context [B, T, C] -> image [B, L, D] and text [B, T, D], in the compute dtype."""
-        image = product(latents.astype(self.dtype), self.outer["x_embedder"])
-        return image, product(context.astype(self.dtype), self.outer["context_embedder"])
+        """latents [B, L, 128] and context [B, T, C] -> text [B, T, D] and image [B, L, D], in the compute dtype."""
+        text = product(context.astype(self.dtype), self.outer["context_embedder"])
+        return text, product(latents.astype(self.dtype), self.outer["x_embedder"])
+
+    def output(self, hidden: mx.array, modulation: Modulation) -> mx.array:
+        """Image rows [B, L, D] behind the last block -> velocity [B, L, 128]."""
+        scale, shift = modulation.final
+        return product(blocks.modulate(hidden, shift, scale, self.spec.eps), self.outer["proj_out"])
 
     def modulation(self, sigma: mx.array, guidance: mx.array | None) -> Modulation:
         """Shifts, scales and gates of all blocks at sigma [B] and, for guidance-distilled models, guidance [B]."""
@@ -101,23 +103,22 @@ class Transformer:
         if self.spec.guidance and guidance is not None:
             condition = condition + self._time_embedding(guidance, "guidance_embedder")
         condition = nn.silu(condition)
-        names = (
-            "double_stream_modulation_img",
-            "double_stream_modulation_txt",
-            "single_stream_modulation",
-            "norm_out",
-        )
-        return Modulation(*(product(condition, self.outer[f"{name}.linear"]) for name in names))
+
+        def parts(name: str, count: int) -> list[mx.array]:
+            return blocks.split(product(condition, self.outer[f"{name}.linear"])[:, None], count, axis=-1)
+
+        text, image = parts("double_stream_modulation_txt", 6), parts("double_stream_modulation_img", 6)
+        return Modulation((text, image), parts("single_stream_modulation", 3), parts("norm_out", 2))
 
     def _time_embedding(self, value: mx.array, name: str) -> mx.array:
         thousands = np.asarray(value.astype(mx.float32)) * np.float32(1000)
-        features = mx.array(blocks.time_features(thousands, self.spec.time_channels)).astype(self.dtype)
+        features = mx.array(embeddings.time_features(thousands, self.spec.time_channels)).astype(self.dtype)
         linear_1, linear_2 = (self.outer[f"time_guidance_embed.{name}.linear_{n}"] for n in (1, 2))
         return product(nn.silu(product(features, linear_1)), linear_2)
 
     def rotary(self, latent_ids: mx.array, text_ids: mx.array) -> Rotary:
         """The rotary tables of a sequence: text rows first, then image rows."""
-        return blocks.rotary_tables(np.concatenate([np.asarray(text_ids), np.asarray(latent_ids)]), self.spec)
+        return embeddings.rotary_tables(np.concatenate([np.asarray(text_ids), np.asarray(latent_ids)]), self.spec)
 
 
 def text_ids(rows: int) -> mx.array:

@@ -1,0 +1,291 @@
+"""The two kinds of block, backward: cotangents pulled through the pieces of `blocks.py`, written out by hand.
+
+Only adapters have gradients, so no product for a base weight is formed. Autodiff is used inside the small parts that
+have no weights (layer norm, RMS norm with rotation, attention). Cotangents of fused projections stay in pieces and meet
+the rows of the weight one by one; they are never joined. What the forward pass kept is used, else computed again.
+
+Letters: B batch, T text tokens, L image tokens, D hidden, N heads, d head dim, M MLP width, r rank.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import mlx.core as mx
+
+from flux2_relay.stages.quantize import dense
+from flux2_relay.stages.train import blocks
+from flux2_relay.stages.train.blocks import (
+    SINGLE_IN,
+    SINGLE_NORMS,
+    SINGLE_OUT,
+    STREAMS,
+    Adapter,
+    Block,
+    KeptDouble,
+    Linear,
+    Modulations,
+    Norms,
+    Run,
+    Sizes,
+    split,
+)
+from flux2_relay.stages.train.embeddings import Rotary
+
+Factors = tuple[mx.array, mx.array]
+"""Gradients of A [r, in] and B [out, r], float32."""
+Gradients = dict[str, Factors]
+"""Linear's name inside its block -> gradients of its adapter."""
+
+
+def cut(array: mx.array, like: Sequence[mx.array], axis: int) -> list[mx.array]:
+    """`array` cut along `axis` where pieces with the last axes of `like` meet."""
+    places = list(accumulate(piece.shape[-1] for piece in like))[:-1]
+    return split(array, places, axis=axis) if places else [array]
+
+
+def low_cotangent(cotangents: Sequence[mx.array], adapter: Adapter) -> mx.array:
+    """The cotangent [..., r] of Ax, from the pieces of the output's."""
+    _, b, scale = adapter
+    dtype = cotangents[0].dtype
+    pairs = zip(cotangents, cut(b.astype(dtype), cotangents, axis=0), strict=True)
+    total = None
+    for piece, rows in pairs:
+        total = piece @ rows if total is None else mx.addmm(total, piece, rows)
+    assert total is not None
+    return total * scale.astype(dtype)
+
+
+def through_linear(cotangents: Sequence[mx.array], layer: Linear, columns: int) -> tuple[mx.array, mx.array | None]:
+    """The cotangent [..., columns] of a linear's input, and that of Ax where it has an adapter."""
+    weight, adapter = layer
+    dtype = cotangents[0].dtype
+    low = low_cotangent(cotangents, adapter) if adapter else None
+    total = low @ adapter[0].astype(dtype) if adapter and low is not None else None
+    for piece, rows in zip(cotangents, cut(dense(weight, columns, dtype), cotangents, axis=0), strict=True):
+        total = piece @ rows if total is None else mx.addmm(total, piece, rows)
+    assert total is not None
+    return total, low
+
+
+def factors(inputs: Sequence[mx.array], cotangents: Sequence[mx.array], low: mx.array, adapter: Adapter) -> Factors:
+    """Gradients of an adapter, from the pieces of its linear's input and of the output's cotangent, and that of Ax."""
+    a, _, scale = adapter
+    dtype, rank = low.dtype, a.shape[0]
+    flat_low = low.reshape(-1, rank)
+    of_a = [flat_low.T @ _flat(x) for x in inputs]
+    down = None
+    for x, columns in zip(inputs, cut(a.astype(dtype), inputs, axis=1), strict=True):
+        down = _flat(x) @ columns.T if down is None else mx.addmm(down, _flat(x), columns.T)
+    assert down is not None
+    down = down * scale.astype(dtype)
+    of_b = [_flat(g).T @ down for g in cotangents]
+    return _joined(of_a, axis=1).astype(mx.float32), _joined(of_b, axis=0).astype(mx.float32)
+
+
+def _flat(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _joined(pieces: list[mx.array], axis: int) -> mx.array:
+    return mx.concatenate(pieces, axis=axis) if len(pieces) > 1 else pieces[0]
+
+
+def through_modulate(x: mx.array, scale: mx.array, cotangent: mx.array, eps: float) -> mx.array:
+    """The cotangent of `blocks.modulate`'s x [B, L, D]."""
+    _, pulled = mx.vjp(lambda x: [mx.fast.layer_norm(x, None, None, eps)], [x], [cotangent * (1 + scale)])
+    return pulled[0]
+
+
+def through_gated(wide: mx.array, cotangent: mx.array) -> list[mx.array]:
+    """`blocks.gated` once more [..., M], and the cotangents of gate and up [..., M]; float32 inside.
+
+    d silu(a) = s (1 + a (1 - s)), s = sigmoid(a).
+    """
+    gate, up = (x.astype(mx.float32) for x in split(wide, 2, axis=-1))
+    g, share = cotangent.astype(mx.float32), mx.sigmoid(gate)
+    results = gate * share * up, g * up * share * (1 + gate * (1 - share)), g * gate * share
+    return [x.astype(wide.dtype) for x in results]
+
+
+def through_attention(query: mx.array, key: mx.array, value: mx.array, cotangent: mx.array) -> list[mx.array]:
+    """Attention once more, and the cotangents of q, k and v; all [B, heads, rows, d]."""
+    outputs, pulled = mx.vjp(lambda *qkv: [blocks.attention(*qkv)], [query, key, value], [cotangent])
+    return [outputs[0], *pulled]
+
+
+def through_turned_heads(
+    wide: Sequence[mx.array], scales: Sequence[Norms], rotary: Rotary, eps: float, cotangents: Sequence[mx.array]
+) -> list[mx.array]:
+    """The cotangents of the projections [B, rows, 3D] of each stream, from those of q, k and v."""
+    _, pulled = mx.vjp(lambda *w: blocks.turned_heads(w, scales, rotary, eps), list(wide), list(cotangents))
+    return pulled
+
+
+def through_leave(gate: mx.array, layer: Linear, cotangent: mx.array, columns: int) -> list[mx.array | None]:
+    """Of `blocks.leave`: cotangents of the linear's output, of its input and of Ax."""
+    gated = gate * cotangent
+    inner, low = through_linear([gated], layer, columns)
+    return [gated, inner, low]
+
+
+def enter_factors(
+    x: mx.array, modulation: Modulations, layer: Linear, cotangents: Sequence[mx.array], eps: float
+) -> tuple[Factors | tuple[()], mx.array]:
+    """Of `blocks.enter` with one linear: gradients of its adapter, and the cotangent of its (modulated) input."""
+    pulled, low = through_linear(cotangents, layer, x.shape[-1])
+    if low is None:
+        return (), pulled
+    modulated = blocks.modulate(x, modulation[0], modulation[1], eps)
+    return factors([modulated], cotangents, low, layer[1]), pulled  # pyright: ignore[reportArgumentType]
+
+
+def input_sum(x: mx.array, scale: mx.array, pulled: Sequence[mx.array], residual: mx.array, eps: float) -> mx.array:
+    """The cotangent of a modulated branch's x: what came through its linears, and what went past them."""
+    total = pulled[0]
+    for other in pulled[1:]:
+        total = total + other
+    return residual + through_modulate(x, scale, total, eps)
+
+
+class Backward:
+    """The backward pass of blocks; `heads` attention heads at a time (0: all), for backends without a fused kernel."""
+
+    def __init__(self, run: Run, rotary: Rotary, heads: int = 0) -> None:
+        """`run` calls every piece; `rotary` is that of the pass."""
+        self.run, self.rotary, self.heads = run, rotary, heads
+
+    def single(
+        self,
+        block: Block,
+        hidden: mx.array,
+        kept: mx.array | None,
+        modulation: Modulations,
+        cotangent: mx.array,
+        need_input: bool,
+    ) -> tuple[Gradients, mx.array | None]:
+        """Gradients of a single block's adapters, and the cotangent [B, T + L, D] of its input if needed."""
+        run, sizes, gradients = self.run, block.sizes, {}
+        wide = blocks.single_start(run, block, hidden, modulation) if kept is None else kept
+        gated, inner, low = run(
+            through_leave, modulation[2], block.layer(SINGLE_OUT), cotangent, sizes.hidden + sizes.mlp
+        )
+        qkv, mlp = run(blocks.single_parts, wide, sizes)
+        of_attention, of_mlp = split(inner, [sizes.hidden], axis=-1)
+        activated, of_gate, of_up = run(through_gated, mlp, of_mlp)
+        outs, of_qkv = self._attention([qkv], [block.norms(SINGLE_NORMS)], [of_attention], sizes)
+        self._note(gradients, block, SINGLE_OUT, [outs[0], activated], [gated], low)
+        cotangents = [of_qkv[0], of_gate, of_up]
+        return gradients, self._enter(
+            gradients, block, [(SINGLE_IN, cotangents)], hidden, modulation, cotangent if need_input else None
+        )
+
+    def double(
+        self,
+        block: Block,
+        streams: Sequence[mx.array],
+        kept: KeptDouble | None,
+        modulation: Sequence[Modulations],
+        cotangents: Sequence[mx.array],
+        need_input: bool,
+    ) -> tuple[Gradients, list[mx.array | None]]:
+        """Gradients of a double block's adapters, and the cotangents of text and image if needed."""
+        run, sizes, gradients = self.run, block.sizes, {}
+        kept = blocks.double_start(run, block, streams, modulation, self.rotary) if kept is None else kept
+        past = [self._mlp(gradients, block, kept, modulation, place, cotangents[place]) for place in (0, 1)]
+        leaving = [
+            run(through_leave, m[2], block.layer(names.out), g, sizes.hidden)
+            for names, m, g in zip(STREAMS, modulation, past, strict=True)
+        ]
+        scales = [block.norms(names.norms) for names in STREAMS]
+        outs, of_wide = self._attention(kept.wide, scales, [inner for _, inner, _ in leaving], sizes)
+        pulled = []
+        for place, names in enumerate(STREAMS):
+            gated, _, low = leaving[place]
+            self._note(gradients, block, names.out, [outs[place]], [gated], low)
+            parts = split(of_wide[place], 3, axis=-1)
+            layers = [(name, [part]) for name, part in zip(names.qkv, parts, strict=True)]
+            residual = past[place] if need_input else None
+            pulled.append(self._enter(gradients, block, layers, streams[place], modulation[place], residual))
+        return gradients, pulled
+
+    def _mlp(
+        self,
+        gradients: Gradients,
+        block: Block,
+        kept: KeptDouble,
+        modulation: Sequence[Modulations],
+        place: int,
+        cotangent: mx.array,
+    ) -> mx.array:
+        """The MLP of one stream of a double block: its gradients, and the cotangent of the stream before it."""
+        (into, out), m = STREAMS[place].mlp, modulation[place]
+        gated, inner, low = self.run(through_leave, m[5], block.layer(out), cotangent, block.sizes.mlp)
+        activated, of_gate, of_up = self.run(through_gated, kept.up[place], inner)
+        self._note(gradients, block, out, [activated], [gated], low)
+        before = self._enter(gradients, block, [(into, [of_gate, of_up])], kept.middle[place], m[3:5], cotangent)
+        assert before is not None
+        return before
+
+    def _enter(
+        self,
+        gradients: Gradients,
+        block: Block,
+        layers: Sequence[tuple[str, list[mx.array]]],
+        x: mx.array,
+        modulation: Modulations,
+        residual: mx.array | None,
+    ) -> mx.array | None:
+        """Gradients of the linears that share the modulated x, and, with a residual, the cotangent of x."""
+        eps, pulled = block.sizes.eps, []
+        for name, cotangents in layers:
+            layer = block.layer(name)
+            if residual is None and not layer[1]:
+                continue
+            found, of_input = self.run(enter_factors, x, modulation[:2], layer, cotangents, eps)
+            if found:
+                gradients[name] = found
+            pulled.append(of_input)
+        return None if residual is None else self.run(input_sum, x, modulation[1], pulled, residual, eps)
+
+    def _note(
+        self,
+        gradients: Gradients,
+        block: Block,
+        name: str,
+        inputs: list[mx.array],
+        cotangents: list[mx.array],
+        low: mx.array | None,
+    ) -> None:
+        """Gradients of a linear's adapter, where it has one."""
+        adapter = block.adapters.get(name)
+        if adapter is not None:
+            gradients[name] = self.run(factors, inputs, cotangents, low, adapter)
+
+    def _attention(
+        self,
+        wide: Sequence[mx.array],
+        scales: Sequence[Norms],
+        cotangents: Sequence[mx.array],
+        sizes: Sizes,
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """Attention's output for each stream, and the cotangents of each stream's projections."""
+        query, key, value = self.run(blocks.turned_heads, wide, scales, self.rotary, sizes.eps)
+        of_out = self.run(joined_heads, cotangents, query.shape[-1])
+        step = self.heads or query.shape[1]
+        places = list(range(step, query.shape[1], step))
+        chunks = zip(*(split(x, places, axis=1) if places else [x] for x in (query, key, value, of_out)), strict=True)
+        parts = list(zip(*(self.run(through_attention, *chunk) for chunk in chunks), strict=True))
+        out, *of_qkv = (_joined(list(part), axis=1) for part in parts)
+        of_wide = self.run(through_turned_heads, wide, scales, self.rotary, sizes.eps, of_qkv)
+        return self.run(split_rows, out, [x.shape[1] for x in wide]), of_wide
+
+
+def joined_heads(cotangents: Sequence[mx.array], width: int) -> mx.array:
+    """Streams [B, rows, D] one below the other, as heads [B, N, T + L, d]."""
+    return blocks.heads_of(_joined(list(cotangents), axis=1), width)
+
+
+def split_rows(out: mx.array, rows: Sequence[int]) -> list[mx.array]:
+    """Heads [B, N, T + L, d] -> [B, rows, D] for each stream."""
+    flat = blocks.rows_of(out)
+    return split(flat, list(accumulate(rows))[:-1], axis=1) if len(rows) > 1 else [flat]
