@@ -5,9 +5,7 @@ import pytest
 from oracle.reference import Reference
 from tiny import ours
 from tiny.captions import CAPTIONS
-from tiny.compare import assert_near
-
-LIMIT = 2e-4
+from tiny.compare import CONTEXT, assert_near
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +19,13 @@ def contexts(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
 def test_context_in_a_batch(contexts: tuple[np.ndarray, np.ndarray], name: str) -> None:
     index = list(CAPTIONS).index(name)
     actual, expected = (of_batch[index] for of_batch in contexts)
-    assert_near(actual, expected, LIMIT, name)
+    assert_near(actual, expected, CONTEXT, name)
 
 
 @pytest.mark.parametrize("name", ["unicode", "empty", "long"])
 def test_context_of_one_caption_alone(reference: Reference, name: str) -> None:
     captions = [CAPTIONS[name]]
-    assert_near(ours.context(reference.folder, captions), reference.context(captions), LIMIT, name)
+    assert_near(ours.context(reference.folder, captions), reference.context(captions), CONTEXT, name)
 
 
 def test_no_two_captions_give_the_same_context(contexts: tuple[np.ndarray, np.ndarray]) -> None:

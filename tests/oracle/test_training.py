@@ -6,7 +6,7 @@ import numpy as np
 from oracle import reference_training
 from oracle.reference import Reference
 from tiny import cases, ours
-from tiny.compare import assert_all_near
+from tiny.compare import LOSSES, TRAINED, assert_all_near
 
 from flux2_relay.stages.train.options import LoraOptions, TrainOptions
 
@@ -25,8 +25,8 @@ def test_fifty_steps(reference: Reference) -> None:
     with reference_training.adapted(reference.transformer, linears, start, alpha=8.0) as factors:
         expected_losses, expected = reference_training.train(reference.transformer, steps, factors, ADAMW)
     losses, actual = ours.train(model, steps, TrainOptions(steps=STEPS, clip=1.0, **ADAMW))
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
-    assert_all_near(actual, expected, 1e-3)
+    np.testing.assert_allclose(losses, expected_losses, rtol=LOSSES)
+    assert_all_near(actual, expected, TRAINED)
     assert np.mean(losses[-10:]) < np.mean(losses[:10]), "nothing was learnt"
 
 

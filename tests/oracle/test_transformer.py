@@ -5,11 +5,10 @@ from oracle import reference_training
 from oracle.reference import Reference
 from tiny import cases, ours
 from tiny.cases import Case
-from tiny.compare import assert_all_near, assert_near
+from tiny.compare import GRADIENT, VELOCITY, assert_all_near, assert_near
 
 from flux2_relay.stages.train.options import LoraOptions
 
-VELOCITY, GRADIENT = 5e-6, 5e-5
 CASES = {
     "plain": {},
     "one": {"sigma": (0.5,), "grids": ((1, 1),), "text": 1},

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -60,6 +60,22 @@ def _image_ids(grid: Grid, time: int) -> np.ndarray:
     height, width = grid
     ids = [(time, row, column, 0) for row in range(height) for column in range(width)]
     return np.array(ids, dtype=np.int32)
+
+
+def flat(case: Case, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of a case under names that begin with `prefix`, for a file."""
+    arrays = {field.name: getattr(case, field.name) for field in fields(case)}
+    return {f"{prefix}{name}": value for name, value in arrays.items() if value is not None}
+
+
+def from_flat(arrays: Mapping[str, np.ndarray]) -> Case:
+    """The case whose arrays have these names; others are ignored."""
+    return Case(**{field.name: arrays.get(field.name) for field in fields(Case)})
+
+
+def steps(case: Case, sigmas: np.ndarray, noises: np.ndarray) -> list[Case]:
+    """The same items at other noise levels, one case a step: sigmas [S, B], noises [S, B, L, 128]."""
+    return [replace(case, sigma=sigma, noise=noise) for sigma, noise in zip(sigmas, noises, strict=True)]
 
 
 def adapter(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:

@@ -4,6 +4,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
+CONTEXT = 2e-4
+"""Limit for text: thirty layers, and angles rounded at other absolute positions."""
+PIXELS = 2e-5
+"""Limit for latents and decoded images."""
+VELOCITY = 5e-6
+"""Limit for the transformer's output."""
+GRADIENT = 5e-5
+"""Limit for the gradient of each adapter factor."""
+LOSSES = 1e-4
+"""Limit for each loss of a training, relative to itself."""
+TRAINED = 1e-3
+"""Limit for the factors after a training."""
+
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """max |actual - expected| / max |expected|, in float64; two arrays of zeros differ by 0."""
