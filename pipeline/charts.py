@@ -58,6 +58,10 @@ class Chart:
         said = [f"{s.name} from {short(s.y[0])} to {short(s.y[-1])}" for s in self.series if len(s.y)]
         return f"{self.title}, {self.y_label} over {self.x_label}: {', '.join(said) or 'no values'}"
 
+    def shows_level(self) -> bool:
+        """Whether there is a level, and inside the frame."""
+        return _Frame(self).holds(self.level)
+
     def above(self) -> int:
         """How many values lie above the frame."""
         top = _Frame(self).y[1]

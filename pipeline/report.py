@@ -135,7 +135,7 @@ def _curves(config: Config, metrics: Metrics) -> str:
 
 def _figure(chart: Chart, kind: str = "") -> str:
     keys = [(f"{s.style} {s.colour}", s.name) for s in chart.series] if len(chart.series) > 1 else []
-    keys += [("level", chart.level_name)] if chart.level_name else []
+    keys += [("level", chart.level_name)] if chart.shows_level() else []
     legend = "".join(f'<span class="key {looks}"><i>{escape(name)}</i></span>' for looks, name in keys)
     above = chart.above()
     note = f"<p>{above} value{'s' if above != 1 else ''} above the frame</p>" if above else ""

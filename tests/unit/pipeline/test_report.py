@@ -333,6 +333,12 @@ def test_a_chart_is_sound_xml_inside_its_size() -> None:
     assert [path for path in root.iter("path") if path.attrib["class"] == "level"]
 
 
+def test_a_level_far_above_the_values_is_left_out() -> None:
+    near, far = (chart([1.0, 5.0, 2.0], level=level) for level in (9.0, 99.0))
+    assert (near.shows_level(), far.shows_level()) == (True, False)
+    assert ('class="level"' in near.svg(), 'class="level"' in far.svg()) == (True, False)
+
+
 def test_higher_values_are_drawn_higher() -> None:
     (drawn,) = re.findall(r'class="line a" d="M([^"]*)"', chart([1.0, 3.0, 2.0], "line").svg())
     (_, low), (_, high), (_, middle) = ([float(n) for n in point.split()] for point in drawn.split("L"))
