@@ -8,7 +8,7 @@ from typing import TypeVar
 import click
 
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.pipeline import signals
+from flux2_relay.pipeline import cache_cli, signals
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -72,6 +72,9 @@ def report(runs: tuple[Path, ...]) -> None:
     from flux2_relay.pipeline import commands
 
     commands.report(runs)
+
+
+cli.add_command(cache_cli.cache)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from flux2_relay.pipeline.config import Config
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
 if TYPE_CHECKING:
+    from flux2_relay.cache import Store
+    from flux2_relay.stages.encode import stage
     from flux2_relay.stages.folders import ModelFolders
     from flux2_relay.stages.spec import TransformerSpec
 
@@ -22,39 +24,44 @@ if TYPE_CHECKING:
 def encode(config: Config) -> None:
     """Stage one."""
     from flux2_relay import cache
+    from flux2_relay.stages.encode import stage
+
+    _say_blas()
+    job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
+    _check_model(config, job.folders)
+    done = stage.encode(job)
+    say(
+        f"{config.cache.path}: encoded {done.captions} captions and {done.images} images, "
+        f"{done.present} entries were there; set {done.set[:12]} is complete"
+    )
+
+
+def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job":
+    """What stage one is asked to do; the store is opened last, when every fault of the data would have shown."""
     from flux2_relay.pipeline.request import set_request
     from flux2_relay.stages import folders, memory
     from flux2_relay.stages.encode import stage
     from flux2_relay.stages.encode.dataset import read_samples
     from flux2_relay.stages.encode.entries import Prompt
 
-    _say_blas()
-    options = config.previews
+    options, model = config.previews, config.model
     prompts = [
         Prompt(text=p.prompt, negative=p.negative or "", size=p.size or options.size, seed=p.seed or 0)
         for p in options.pictures()
     ]
-    samples = read_samples(config.data)  # every fault of the data, before anything is created or loaded
-    model = config.model
-    job = stage.Job(
-        store=cache.open(config.cache.path, "a", codec=config.cache.codec),
+    return stage.Job(
         name=config.run.name,
         request=set_request(config),
-        folders=folders.find(model.path, model.text_encoder, model.tokenizer, model.vae),
-        samples=samples,
+        samples=read_samples(config.data),
         prompts=prompts,
+        folders=folders.find(model.path, model.text_encoder, model.tokenizer, model.vae),
         encode=config.encode,
         text_dtype=config.cache.dtype,
         latents_dtype=config.cache.latents_dtype,
         seed=config.run.seed,
         budget_bytes=memory.budget_bytes(config.memory.budget),
         say=say,
-    )
-    _check_model(config, job.folders)
-    done = stage.encode(job)
-    say(
-        f"{config.cache.path}: encoded {done.captions} captions and {done.images} images, "
-        f"{done.present} entries were there; set {done.set[:12]} is complete"
+        store=open_store(),
     )
 
 

@@ -4,6 +4,7 @@ The set is published first, then filled: it is the progress record, the pin agai
 stage two reads. What is in the store already is not encoded again; when nothing is missing, no model is loaded.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from flux2_relay.cache import Store
+from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
@@ -78,6 +79,8 @@ def encode(job: Job) -> Encoded:
 
     InputError names pictures that turned out unreadable; everything else is committed before it is raised.
     """
+    if swept := audit.sweep(job.store, now=time.time()):
+        job.say(f"{job.store.name}: deleted what {swept} writers left that died more than a day ago")
     text_spec, vae_spec = read_text_spec(job.folders.text_encoder), read_vae_spec(job.folders.vae)
     tokenizer = load_tokenizer(job.folders.tokenizer, text_spec)
     encoder_tensors = open_encoder(job.folders.text_encoder, text_spec)
@@ -105,6 +108,15 @@ def encode(job: Job) -> Encoded:
     pictures = len(first.get("latents", ()))
     present = len(want.text) + len(want.latents) - sum(map(len, first.values()))
     return Encoded(record.key, captions, pictures, present)
+
+
+def needed(job: Job) -> Wanted:
+    """Every entry that the job needs; loads no model."""
+    text_spec, vae_spec = read_text_spec(job.folders.text_encoder), read_vae_spec(job.folders.vae)
+    tokenizer = load_tokenizer(job.folders.tokenizer, text_spec)
+    encoder_tensors = open_encoder(job.folders.text_encoder, text_spec)
+    both = identities(job, text_spec, vae_spec, tokenizer, encoder_tensors)
+    return wanted(job.samples, job.prompts, *both, job.seed)
 
 
 def identities(

@@ -5,10 +5,12 @@ import json
 import threading
 import time
 import urllib.request
+from typing import Literal
 
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import ObjectStore
 
 from flux2_relay import cache
 from flux2_relay.cache import encoding, remote, transfer
@@ -51,7 +53,7 @@ def store(url):
     return cache.open(url, "a", wait=lambda seconds: None)
 
 
-def _elsewhere(url, tmp_path, monkeypatch, name, mode="r"):
+def _elsewhere(url, tmp_path, monkeypatch, name, mode: Literal["r", "a"] = "r"):
     """The same store as another machine sees it: without the copies of this one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
     return cache.open(url, mode, wait=lambda seconds: None)
@@ -84,11 +86,10 @@ def test_what_one_machine_publishes_another_reads_through_a_copy(store, url, tmp
 
 def test_zarr_reads_the_bucket_as_one_hierarchy(store):
     text, latents, _ = _fill(store)
-    objects = zarr.storage.ObjectStore(store.nodes.bucket.objects, read_only=True)
-    group = zarr.open_group(objects, mode="r")
-    assert group.attrs["format"] == "flux2-relay-cache"
-    np.testing.assert_array_equal(group[f"text/{text}"][...], ARRAY, strict=True)
-    np.testing.assert_array_equal(group[f"latents/{latents}"][...], LATENTS, strict=True)
+    objects = ObjectStore(store.nodes.bucket.objects, read_only=True)
+    assert zarr.open_group(objects, mode="r").attrs["format"] == "flux2-relay-cache"
+    for path, array in ((f"text/{text}", ARRAY), (f"latents/{latents}", LATENTS)):
+        np.testing.assert_array_equal(zarr.open_array(objects, path=path, mode="r")[...], array, strict=True)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
