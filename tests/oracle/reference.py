@@ -12,7 +12,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from oracle.vocabularies import MISTRAL_TEMPLATE
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +27,9 @@ from transformers import (
     Qwen2TokenizerFast,
 )
 from transformers.processing_utils import ProcessorMixin
+
+STEPS = 6
+"""Steps of a drawn picture."""
 
 
 def quiet() -> None:
@@ -43,7 +52,8 @@ class Reference:
     def __init__(self, folder: Path):
         """Read `model_index.json` of `folder`."""
         self.folder = folder
-        self.is_klein = "Klein" in json.loads((folder / "model_index.json").read_text())["_class_name"]
+        index = json.loads((folder / "model_index.json").read_text())
+        self.is_klein, self.is_distilled = "Klein" in index["_class_name"], index.get("is_distilled", False)
 
     @cached_property
     def transformer(self) -> Flux2Transformer2DModel:
@@ -110,3 +120,30 @@ class Reference:
         z = z * torch.sqrt(bn.running_var.view(1, -1, 1, 1) + eps) + bn.running_mean.view(1, -1, 1, 1)
         images = self.vae.decode(Flux2Pipeline._unpatchify_latents(z), return_dict=False)[0]
         return images.permute(0, 2, 3, 1).numpy()
+
+    def sample(
+        self, context: np.ndarray, negative: np.ndarray, start: np.ndarray, grid: tuple[int, int], guidance: float
+    ) -> np.ndarray:
+        """Latents [H/16, W/16, 128] that the pipeline draws in `STEPS` steps from the noise `start` [1, L, 128]."""
+        height, width = grid
+        of_class, negatives = Flux2Pipeline, {}
+        if self.is_klein:
+            of_class, negatives = Flux2KleinPipeline, {"negative_prompt_embeds": torch.from_numpy(negative)[None]}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
+        pipeline = of_class(scheduler, self.vae, None, None, self.transformer)
+        if self.is_klein:
+            pipeline.register_to_config(is_distilled=self.is_distilled)
+        pipeline.set_progress_bar_config(disable=True)
+        seen = []
+        pipeline(
+            prompt_embeds=torch.from_numpy(context)[None],
+            latents=torch.from_numpy(start).permute(0, 2, 1).reshape(1, -1, height, width),
+            height=16 * height,
+            width=16 * width,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            output_type="latent",
+            callback_on_step_end=lambda pipe, step, time, found: seen.append(found["latents"]) or found,
+            **negatives,
+        )
+        return seen[-1].reshape(height, width, -1).numpy()

@@ -14,31 +14,44 @@ from flux2_relay.stages.train import export
 from flux2_relay.stages.train.options import LoraOptions
 
 LIMIT = 2e-5
-RANK, ALPHA = 4, 6.0
 
 
-@pytest.fixture
-def written(reference: Reference, tmp_path: Path) -> tuple[Path, dict]:
-    """An adapter file of our own making, and the factors it was made from."""
-    options, model = LoraOptions(rank=RANK, alpha=ALPHA, targets="blocks"), ours.load(reference.folder)
+ADAPTERS = {
+    "every linear": LoraOptions(rank=4, alpha=6.0, targets="blocks"),
+    "attention": LoraOptions(rank=4, alpha=2.0, targets="attention"),
+    "mixed ranks": LoraOptions(rank=3, alpha=6.0, ranks={"to_q": 5, "*.ff.*": 2}),
+    "half of q, k, v": LoraOptions(rank=4, alpha=4.0, targets=("to_q", "to_v", "attn.to_out")),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_diffusers_loads_what_was_trained(reference: Reference, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    model, options = ours.load(reference.folder), ADAPTERS[name]
     shapes = {name: value.shape for name, value in ours.attach(model, options).items()}
     values = ours.attach(model, options, cases.adapter(shapes, seed=3))
-    path = tmp_path / "adapter.safetensors"
     export.write_diffusers(model, path, {"note": "made by a test"})
-    return path, values
 
-
-def test_diffusers_loads_what_was_trained(reference: Reference, written: tuple[Path, dict]) -> None:
-    path, values = written
     given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
     base = reference_training.velocity(reference.transformer, given)
-    expected = reference_training.velocity(_merged(reference, values), given)
+    expected = reference_training.velocity(_merged(reference, values, options.alpha), given)
     for load in (_through_the_pipeline, _through_the_model):
-        loaded = load(reference, path)
-        actual = reference_training.velocity(loaded, given)
+        actual = reference_training.velocity(load(reference, path), given)
         # Relative to what the adapter changes, not to the velocity itself.
         assert_near(actual - base, expected - base, LIMIT, load.__name__)
-    assert relative_error(base, expected) > 1e-2, "the adapter does nothing, so nothing was shown"
+    assert relative_error(expected, base) > 1e-2, "the adapter does nothing, so nothing was shown"
+    assert_near(ours.velocity(model, given) - base, expected - base, LIMIT, "ours")
+
+
+def test_an_adapter_of_step_0_changes_nothing(reference: Reference, tmp_path: Path) -> None:
+    path, model = tmp_path / "adapter.safetensors", ours.load(reference.folder)
+    ours.attach(model, ADAPTERS["every linear"])
+    export.write_diffusers(model, path, {})
+    given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
+    expected = reference_training.velocity(reference.transformer, given)
+    loaded = _through_the_pipeline(reference, path)
+    assert loaded.peft_config, "nothing was loaded"
+    assert_near(reference_training.velocity(loaded, given), expected, 1e-6)
 
 
 def _fresh(reference: Reference) -> Flux2Transformer2DModel:
@@ -58,11 +71,11 @@ def _through_the_pipeline(reference: Reference, path: Path) -> Flux2Transformer2
     return pipeline.transformer
 
 
-def _merged(reference: Reference, values: dict) -> Flux2Transformer2DModel:
+def _merged(reference: Reference, values: dict, alpha: float) -> Flux2Transformer2DModel:
     """W + alpha / rank B A, formed in float64."""
     model = _fresh(reference)
     for name in {name.rsplit(".lora_", 1)[0] for name in values}:
         a, b = (torch.from_numpy(values[f"{name}.lora_{factor}.weight"]).double() for factor in "AB")
         weight = model.get_parameter(f"{name}.weight")
-        weight.data = (weight.data.double() + ALPHA / RANK * b @ a).float()
+        weight.data = (weight.data.double() + alpha / len(a) * b @ a).float()
     return model
