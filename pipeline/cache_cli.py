@@ -1,5 +1,6 @@
 """The commands of `relay cache`: look into a store and look after it. Nothing heavy is imported before one runs."""
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -143,4 +144,4 @@ def pull(where: Where, other: str, as_json: bool) -> None:
 
 def _leave(sound: bool) -> None:
     if not sound:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
