@@ -110,7 +110,7 @@ class _Run:
         self.optimizer = optimizer.Optimizer(job.train, lora.parameters(transformer))
 
     def begin(self) -> int:
-        """Take up the newest whole checkpoint, or draw the step-0 previews -> updates done."""
+        """Take up the newest whole checkpoint, and draw the previews of its step or of step 0 -> updates done."""
         found, complaints = checkpoint.latest(self._checkpoints) if self.job.resume else (None, [])
         for complaint in complaints:
             self.journal.say(complaint)
@@ -180,11 +180,12 @@ class _Run:
         return mx.full((items,), self.job.train.guidance) if self.transformer.spec.guidance else None
 
     def _after_step(self) -> None:
-        due = self.done == self.job.train.steps
-        if due or self.done % self.job.save.every == 0:
+        if self._is_due(self.job.save.every):
             self._save()
-        if due or (self.job.previews.every and self.done % self.job.previews.every == 0):
-            self._previews()
+        self._previews()
+
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.job.train.steps or self.done % every == 0
 
     def _refuse_not_finite(self, loss: mx.array, norm: mx.array, loaded: Loaded) -> None:
         if mx.isfinite(loss + norm).item():
@@ -223,8 +224,8 @@ class _Run:
         self.journal.say(f"going on from the checkpoint of step {self.done}")
 
     def _previews(self) -> None:
-        """Draw the previews of this step that are not there yet, as latents."""
-        if not self.job.previews.every:
+        """Draw the previews that are due at this step and not there yet, as latents."""
+        if not self.job.previews.every or not self._is_due(self.job.previews.every):
             return
         prompts: Sequence[Mapping] = self.job.record.body["prompts"]
         for index, (options, keys) in enumerate(zip(self.job.previews.pictures(), prompts, strict=True)):
