@@ -111,13 +111,14 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
 
 def decode(path: Path) -> None:
     """Preview latents of a run to PNG."""
-    from flux2_relay.stages import folders
+    from flux2_relay.stages import folders, memory
     from flux2_relay.stages.decode import stage
 
     run, config = run_folder.open_run(path)
     _say_blas()
     model = config.model
-    made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say)
+    budget_bytes = memory.budget_bytes(config.memory.budget)
+    made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say, budget_bytes)
     say(f"decoded {len(made)} previews; the contact sheet is {run.path / 'previews' / 'sheet.png'}")
 
 

@@ -21,8 +21,8 @@ from flux2_relay.stages.vae_blocks import (
     decoder_layers,
     encoder_layers,
     tensor_shapes,
-    walk,
 )
+from flux2_relay.stages.vae_strips import run
 from flux2_relay.stages.weights import open_tensors
 
 
@@ -33,15 +33,16 @@ class Encoder:
     spec: VaeSpec
     weights: Mapping[str, mx.array]
 
-    def encode(self, images: mx.array) -> mx.array:
+    def encode(self, images: mx.array, budget_bytes: int | None = None) -> mx.array:
         """The mean latents of images, patched and normalised: the posterior's mode, never a sample.
 
         images [B, H, W, 3] in [-1, 1], H and W multiples of 16
-        -> [B, H/16, W/16, 128] float32, about unit scale.
+        -> [B, H/16, W/16, 128] float32, about unit scale. What does not fit into `budget_bytes` whole, weights
+        counted, is encoded in strips: the same latents to rounding.
         """
         images = mx.array(images).astype(mx.float32)
         _check_images(images, self.spec)
-        mean = walk(encoder_layers(self.spec), images, self.weights, self.spec.norm_num_groups)
+        mean = run(encoder_layers(self.spec), images, self.weights, self.spec.norm_num_groups, budget_bytes)
         latents = _normalise(patchify(mean, self.spec.patch), self.weights, self.spec.batch_norm_eps)
         _refuse_broken(latents, "the latents it encoded")
         return latents
@@ -54,15 +55,15 @@ class Decoder:
     spec: VaeSpec
     weights: Mapping[str, mx.array]
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """The images of normalised latents.
+    def decode(self, latents: mx.array, budget_bytes: int | None = None) -> mx.array:
+        """The images of normalised latents, in strips where `budget_bytes` asks for it.
 
         latents [B, H/16, W/16, 128] -> [B, H, W, 3] float32, about [-1, 1] and not clamped.
         """
         latents = mx.array(latents).astype(mx.float32)
         _check_latents(latents, self.spec)
         mean = unpatchify(_restore(latents, self.weights, self.spec.batch_norm_eps), self.spec.patch)
-        images = walk(decoder_layers(self.spec), mean, self.weights, self.spec.norm_num_groups)
+        images = run(decoder_layers(self.spec), mean, self.weights, self.spec.norm_num_groups, budget_bytes)
         _refuse_broken(images, "the images it decoded")
         return images
 

@@ -147,16 +147,17 @@ def _norm(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
     return x * mx.sigmoid(x)
 
 
-def _conv(x: mx.array, weights: Weights, name: str, padding: int, stride: int = 1) -> mx.array:
+def conv(x: mx.array, weights: Weights, name: str, padding: int | tuple[int, int], stride: int = 1) -> mx.array:
+    """A convolution with bias; `padding` is zeros on every side, or (rows, columns)."""
     return mx.conv2d(x, weights[f"{name}.weight"], stride=stride, padding=padding) + weights[f"{name}.bias"]
 
 
 def _conv3(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
-    return _conv(x, weights, name, padding=1)
+    return conv(x, weights, name, padding=1)
 
 
 def _conv1(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
-    return _conv(x, weights, name, padding=0)
+    return conv(x, weights, name, padding=0)
 
 
 def _resnet(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
@@ -171,18 +172,19 @@ def _attention(x: mx.array, weights: Weights, name: str, groups: int) -> mx.arra
     """One head as wide as the activation, over all positions; no activation after its norm."""
     B, H, W, C = x.shape
     tokens = group_norm(x, weights, f"{name}.group_norm", groups).reshape(B, 1, H * W, C)
-    q, k, v = (_linear(tokens, weights, f"{name}.{which}") for which in ("to_q", "to_k", "to_v"))
+    q, k, v = (linear(tokens, weights, f"{name}.{which}") for which in ("to_q", "to_k", "to_v"))
     mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=C**-0.5)
-    return x + _linear(mixed, weights, f"{name}.to_out.0").reshape(B, H, W, C)
+    return x + linear(mixed, weights, f"{name}.to_out.0").reshape(B, H, W, C)
 
 
-def _linear(x: mx.array, weights: Weights, name: str) -> mx.array:
+def linear(x: mx.array, weights: Weights, name: str) -> mx.array:
+    """A linear with bias over the last axis."""
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
 def _downsample(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:
     """Halve both sides. The zero border is right and bottom only: output row r reads rows 2r to 2r+2."""
-    return _conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]), weights, name, padding=0, stride=2)
+    return conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]), weights, name, padding=0, stride=2)
 
 
 def _upsample(x: mx.array, weights: Weights, name: str, groups: int) -> mx.array:

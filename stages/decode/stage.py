@@ -43,9 +43,12 @@ def previews(folder: Path) -> list[Preview]:
     return found
 
 
-def decode(folder: Path, folders: ModelFolders, say: Callable[[str], None]) -> list[Path]:
+def decode(
+    folder: Path, folders: ModelFolders, say: Callable[[str], None], budget_bytes: int | None = None
+) -> list[Path]:
     """Decode what has no picture yet and draw the contact sheet -> the pictures made now.
 
+    Pictures that do not fit into `budget_bytes` whole are decoded in strips.
     The VAE is not loaded where nothing is to do. InputError names latents that cannot be read.
     """
     every = previews(folder)
@@ -53,7 +56,7 @@ def decode(folder: Path, folders: ModelFolders, say: Callable[[str], None]) -> l
         raise InputError(f"{folder / 'previews'}: holds no preview latents; set previews.prompts and train")
     todo = [preview for preview in every if not _is_current(preview)]
     if todo:
-        in_turn("VAE decoder", partial(_decode, todo, folders, say), say)
+        in_turn("VAE decoder", partial(_decode, todo, folders, say, budget_bytes), say)
     contact_sheet(every_picture(every), folder / "previews" / "sheet.png")
     return [preview.picture for preview in todo]
 
@@ -68,12 +71,12 @@ def _is_current(preview: Preview) -> bool:
     return picture.exists() and picture.stat().st_mtime_ns >= preview.latents.stat().st_mtime_ns
 
 
-def _decode(todo: list[Preview], folders: ModelFolders, say: Callable[[str], None]) -> None:
+def _decode(todo: list[Preview], folders: ModelFolders, say: Callable[[str], None], budget_bytes: int | None) -> None:
     decoder = vae.load_decoder(folders.root, folders.vae)
     say_loaded("VAE decoder (float32)", say)
     for preview in tqdm(todo, desc="previews", unit="picture", dynamic_ncols=True):
         values, metadata = read_tensors(preview.latents)
-        pixels = to_pixels(decoder.decode(values["latents"][None])[0])
+        pixels = to_pixels(decoder.decode(values["latents"][None], budget_bytes)[0])
         told = PngInfo()
         for name, value in metadata.items():
             told.add_text(name, value)

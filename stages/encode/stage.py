@@ -199,7 +199,7 @@ def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
         for want in tqdm(wants.values(), desc="images", unit="image", dynamic_ncols=True):
             try:
                 pixels = images.read_pixels(want.image, want.placement, want.background)
-                latents = encoder.encode(mx.array(pixels)[None])[0]
+                latents = encoder.encode(mx.array(pixels)[None], job.budget_bytes)[0]
             except RelayError as error:
                 bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")
                 continue
