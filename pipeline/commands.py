@@ -28,7 +28,6 @@ def encode(config: Config) -> None:
 
     _say_blas()
     job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
-    _check_model(config, job.folders)
     done = stage.encode(job)
     say(
         f"{config.cache.path}: encoded {done.captions} captions and {done.images} images, "
@@ -37,7 +36,7 @@ def encode(config: Config) -> None:
 
 
 def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job":
-    """What stage one is asked to do; the store is opened last, when every fault of the data would have shown."""
+    """What stage one is asked to do; the store is opened last, when faults of the data and the model have shown."""
     from flux2_relay.pipeline.request import set_request
     from flux2_relay.stages import folders, memory
     from flux2_relay.stages.encode import stage
@@ -49,12 +48,15 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
         Prompt(text=p.prompt, negative=p.negative or "", size=p.size or options.size, seed=p.seed or 0)
         for p in options.pictures()
     ]
+    samples = read_samples(config.data)
+    places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
+    _check_model(config, places)
     return stage.Job(
         name=config.run.name,
         request=set_request(config),
-        samples=read_samples(config.data),
+        samples=samples,
         prompts=prompts,
-        folders=folders.find(model.path, model.text_encoder, model.tokenizer, model.vae),
+        folders=places,
         encode=config.encode,
         text_dtype=config.cache.dtype,
         latents_dtype=config.cache.latents_dtype,
@@ -132,11 +134,21 @@ def report(paths: tuple[Path, ...]) -> None:
 
 
 def _check_model(config: Config, places: "ModelFolders") -> "tuple[TransformerSpec, bool]":
-    """The transformer's spec and whether it is distilled, if the folder holds what `model.name` says."""
+    """The transformer's spec and whether it is distilled, if it is what `model.name` says and fits its encoder.
+
+    A training machine need not have the encoder.
+    """
     from flux2_relay.stages import spec
 
     transformer, distilled = spec.read_transformer_spec(places.transformer), spec.read_distilled(places.root)
     spec.check_name(config.model.name, transformer, distilled, places.root)
+    if (places.text_encoder / "config.json").is_file():
+        text = spec.read_text_spec(places.text_encoder)
+        if text.context_width != transformer.context_width:
+            raise InputError(
+                f"{places.text_encoder} gives {text.context_width} channels, but {places.transformer} takes "
+                f"{transformer.context_width}: these are parts of two models; correct model.path or model.text_encoder"
+            )
     return transformer, distilled
 
 
