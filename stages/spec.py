@@ -36,6 +36,11 @@ class TransformerSpec:
         return self.heads * self.head_dim
 
     @property
+    def blocks(self) -> int:
+        """Blocks of both kinds."""
+        return self.double_blocks + self.single_blocks
+
+    @property
     def mlp_width(self) -> int:
         """Width M of one half of the gated MLP."""
         return int(self.hidden * self.mlp_ratio)

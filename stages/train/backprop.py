@@ -18,7 +18,7 @@ from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.pieces import Pieces
-from flux2_relay.stages.train.transformer import DOUBLE, SINGLE, Modulation, Transformer
+from flux2_relay.stages.train.transformer import Modulation, Transformer, block_path
 
 Gradients = dict[str, mx.array]
 
@@ -61,66 +61,56 @@ class _Pass:
 
     def __init__(self, transformer: Transformer, modulation: Modulation, rotary: Rotary, pieces: Pieces) -> None:
         self.transformer, self.modulation, self.rotary, self.pieces = transformer, modulation, rotary, pieces
+        self.first = first_trained(transformer)
         self.doubles: list[tuple[list[mx.array], KeptDouble | None]] = []
         self.singles: list[tuple[mx.array, mx.array | None]] = []
 
     def forward(self, text: mx.array, image: mx.array) -> mx.array:
         """The stream [B, T + L, D] behind the last block; every block's input is noted."""
-        model = self.transformer
-        first_kept = model.spec.double_blocks + model.spec.single_blocks - model.keep
+        model, spec = self.transformer, self.transformer.spec
+        first_kept = spec.blocks - model.keep
+        model.residence.announce([*range(spec.blocks), *reversed(range(self.first, spec.blocks))])
         streams = [text, image]
-        for index in range(model.spec.double_blocks):
-            block = model.block(DOUBLE, index)
+        for place in range(spec.double_blocks):
+            block = model.block(place)
             following, kept = blocks.double_forward(self.pieces, block, streams, self.modulation.double, self.rotary)
-            self.doubles.append((streams, kept if index >= first_kept else None))
+            self.doubles.append((streams, kept if place >= first_kept else None))
             streams = following
         hidden = mx.concatenate(streams, axis=1)
-        for index in range(model.spec.single_blocks):
-            block = model.block(SINGLE, index)
+        for place in range(spec.double_blocks, spec.blocks):
+            block = model.block(place)
             following, wide = blocks.single_forward(self.pieces, block, hidden, self.modulation.single, self.rotary)
-            is_kept = index + model.spec.double_blocks >= first_kept
-            self.singles.append((hidden, wide if is_kept else None))
+            self.singles.append((hidden, wide if place >= first_kept else None))
             hidden = following
         return hidden
 
     def backward(self, cotangent: mx.array, text_rows: int) -> Gradients:
         """Gradients of all adapters; the passage stops at the first block that has one."""
-        model, gradients = self.transformer, {}
+        model, spec, gradients = self.transformer, self.transformer.spec, {}
         backward = Backward(self.pieces, self.rotary, model.attention_heads)
-        trained = sorted({_place(path, model.spec.double_blocks) for path in model.adapters})
-        first = trained[0] if trained else model.spec.double_blocks + model.spec.single_blocks
-        for index in reversed(range(max(0, first - model.spec.double_blocks), model.spec.single_blocks)):
+        for place in reversed(range(max(self.first, spec.double_blocks), spec.blocks)):
             hidden, wide = self.singles.pop()
             found, pulled = backward.single(
-                model.block(SINGLE, index),
-                hidden,
-                wide,
-                self.modulation.single,
-                cotangent,
-                index + model.spec.double_blocks > first,
+                model.block(place), hidden, wide, self.modulation.single, cotangent, place > self.first
             )
-            gradients |= _named(f"{SINGLE}.{index}", found)
+            gradients |= _named(block_path(spec, place), found)
             cotangent = cotangent if pulled is None else pulled
         cotangents = blocks.split(cotangent, [text_rows], axis=1)
-        for index in reversed(range(first, model.spec.double_blocks)):
+        for place in reversed(range(self.first, spec.double_blocks)):
             streams, kept = self.doubles.pop()
             found, pulled = backward.double(
-                model.block(DOUBLE, index),
-                streams,
-                kept,
-                self.modulation.double,
-                cotangents,
-                index > first,
+                model.block(place), streams, kept, self.modulation.double, cotangents, place > self.first
             )
-            gradients |= _named(f"{DOUBLE}.{index}", found)
+            gradients |= _named(block_path(spec, place), found)
             cotangents = [g for g in pulled if g is not None] or cotangents
         return gradients
 
 
-def _place(path: str, double_blocks: int) -> int:
-    """A block's place among all blocks, from the path of one of its linears."""
-    kind, index, _ = path.split(".", 2)
-    return int(index) + (double_blocks if kind == SINGLE else 0)
+def first_trained(transformer: Transformer) -> int:
+    """The place of the first block that has an adapter; behind the last block where none has."""
+    paths = [block_path(transformer.spec, place) + "." for place in range(transformer.spec.blocks)]
+    trained = (place for place, path in enumerate(paths) if any(name.startswith(path) for name in transformer.adapters))
+    return next(trained, transformer.spec.blocks)
 
 
 def _named(block: str, gradients: Mapping[str, tuple[mx.array, mx.array]]) -> Gradients:

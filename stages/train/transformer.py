@@ -5,7 +5,7 @@ Source: diffusers `Flux2Transformer2DModel`. Sigma, guidance and the features of
 product (diffusers rounds them to the model's dtype first, which moves 1000 * sigma by up to 4 in bfloat16).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from flux2_relay.stages.train import blocks, embeddings
 from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
 from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.pieces import Pieces
+from flux2_relay.stages.train.residence import Reader, Residence, Resident
 from flux2_relay.stages.weights import Tensors, open_tensors
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -44,8 +45,8 @@ class Transformer:
     spec: TransformerSpec
     dtype: mx.Dtype
     outer: Weights
-    double: Sequence[Weights]
-    single: Sequence[Weights]
+    residence: Residence
+    """The weights of the blocks, double ones first."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
     """Full module path -> (A, B, scale); filled by `lora.attach`."""
     keep: int = 0
@@ -73,18 +74,19 @@ class Transformer:
         """
         modulation, rotary = self.modulation(sigma, guidance), self.rotary(latent_ids, text_ids)
         streams = list(self.embed(latents, context))
-        for index in range(self.spec.double_blocks):
-            streams, _ = blocks.double_forward(self.run, self.block(DOUBLE, index), streams, modulation.double, rotary)
+        self.residence.announce(range(self.spec.blocks))
+        for place in range(self.spec.double_blocks):
+            streams, _ = blocks.double_forward(self.run, self.block(place), streams, modulation.double, rotary)
         hidden = mx.concatenate(streams, axis=1)
-        for index in range(self.spec.single_blocks):
-            hidden, _ = blocks.single_forward(self.run, self.block(SINGLE, index), hidden, modulation.single, rotary)
+        for place in range(self.spec.double_blocks, self.spec.blocks):
+            hidden, _ = blocks.single_forward(self.run, self.block(place), hidden, modulation.single, rotary)
         return self.output(hidden[:, context.shape[1] :], modulation)
 
-    def block(self, kind: str, index: int) -> Block:
-        """Block `index` of a kind, ready to run."""
-        prefix = f"{kind}.{index}."
+    def block(self, place: int) -> Block:
+        """The block at `place` among all blocks, ready to run."""
+        prefix = block_path(self.spec, place) + "."
         adapters = {name.removeprefix(prefix): a for name, a in self.adapters.items() if name.startswith(prefix)}
-        weights = (self.double if kind == DOUBLE else self.single)[index]
+        weights = self.residence.weights(place)
         return Block(weights, adapters, Sizes(self.spec.hidden, self.spec.mlp_width, self.spec.eps))
 
     def embed(self, latents: mx.array, context: mx.array) -> tuple[mx.array, mx.array]:
@@ -145,36 +147,53 @@ def load_transformer(
     return from_tensors(tensors, spec, bits, dtype)
 
 
-def from_tensors(tensors: Tensors, spec: TransformerSpec, bits: int, dtype: mx.Dtype | None = None) -> Transformer:
-    """The transformer of checked tensors in diffusers names; never more than one block stands in memory unquantized."""
+def from_tensors(
+    tensors: Tensors,
+    spec: TransformerSpec,
+    bits: int,
+    dtype: mx.Dtype | None = None,
+    residence: Callable[[int, Reader], Residence] = Resident,
+) -> Transformer:
+    """The transformer of checked tensors in diffusers names; never more than one block stands in memory unquantized.
+
+    `residence(blocks, read)` decides which blocks stay in memory.
+    """
     dtype = dtype or (mx.float32 if bits == 32 else mx.bfloat16)
-    outer = _read(tensors, "", outer_shapes(spec), bits)
-    double = [_read(tensors, f"{DOUBLE}.{i}.", double_shapes(spec), bits) for i in range(spec.double_blocks)]
-    single = [_read(tensors, f"{SINGLE}.{i}.", single_shapes(spec), bits) for i in range(spec.single_blocks)]
-    return Transformer(spec, dtype, outer, double, single)
+
+    def read(place: int) -> dict[str, Weight]:
+        return _read(tensors, block_path(spec, place) + ".", block_shapes(spec, place), bits)
+
+    return Transformer(spec, dtype, _read(tensors, "", outer_shapes(spec), bits), residence(spec.blocks, read))
 
 
 def _read(tensors: Tensors, prefix: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, Weight]:
     values = tensors.read_all(f"{prefix}{name}.weight" for name in shapes)
-    block = {
-        name: quantize.pack(values[f"{prefix}{name}.weight"], bits)
-        if len(shape) == 2
-        else values[f"{prefix}{name}.weight"]
-        for name, shape in shapes.items()
-    }
+    block: dict[str, Weight] = {}
+    for name, shape in shapes.items():
+        value = values[f"{prefix}{name}.weight"]
+        block[name] = quantize.pack(value, bits) if len(shape) == 2 else value
     mx.eval(block)
     return block
+
+
+def block_path(spec: TransformerSpec, place: int) -> str:
+    """The path of the block at `place` among all blocks, double ones first."""
+    if place < spec.double_blocks:
+        return f"{DOUBLE}.{place}"
+    return f"{SINGLE}.{place - spec.double_blocks}"
+
+
+def block_shapes(spec: TransformerSpec, place: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the block at `place`, by their names inside it."""
+    return double_shapes(spec) if place < spec.double_blocks else single_shapes(spec)
 
 
 def tensor_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the state dict, in diffusers names, with its shape."""
     shapes = {f"{name}.weight": shape for name, shape in outer_shapes(spec).items()}
-    for kind, count, block in (
-        (DOUBLE, spec.double_blocks, double_shapes(spec)),
-        (SINGLE, spec.single_blocks, single_shapes(spec)),
-    ):
-        for index in range(count):
-            shapes |= {f"{kind}.{index}.{name}.weight": shape for name, shape in block.items()}
+    for place in range(spec.blocks):
+        path = block_path(spec, place)
+        shapes |= {f"{path}.{name}.weight": shape for name, shape in block_shapes(spec, place).items()}
     return shapes
 
 
@@ -220,14 +239,9 @@ def single_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
 
 def block_linears(spec: TransformerSpec) -> dict[str, tuple[int, int]]:
     """Full path of every linear of every block -> (out, in): what a LoRA may be attached to."""
-    kinds = (
-        (DOUBLE, spec.double_blocks, double_shapes(spec)),
-        (SINGLE, spec.single_blocks, single_shapes(spec)),
-    )
     return {
-        f"{kind}.{index}.{name}": (shape[0], shape[1])
-        for kind, count, shapes in kinds
-        for index in range(count)
-        for name, shape in shapes.items()
+        f"{block_path(spec, place)}.{name}": (shape[0], shape[1])
+        for place in range(spec.blocks)
+        for name, shape in block_shapes(spec, place).items()
         if len(shape) == 2
     }
