@@ -15,7 +15,20 @@ It keeps arrays under keys and knows neither models nor images. Read in this ord
     explain.py   why an entry does not fit
 """
 
-from flux2_relay.cache.encoding import Entry
-from flux2_relay.cache.store import Store, open
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flux2_relay.cache.encoding import Entry
+    from flux2_relay.cache.store import Store, open
 
 __all__ = ["Entry", "Store", "open"]
+
+_HOMES = {"Entry": "encoding", "Store": "store", "open": "store"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the store when it is first asked for: `relay --help` needs only the errors, not NumPy."""
+    if name not in _HOMES:
+        raise AttributeError(f"{__name__} has no {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -77,11 +77,14 @@ def report(runs: tuple[Path, ...]) -> None:
 cli.add_command(cache_cli.cache)
 
 
-def main() -> None:
-    """Run a command; a RelayError is a sentence on stderr and its exit status, without a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command, that of the process unless `arguments` are given.
+
+    A RelayError is a sentence on stderr and its exit status, without a traceback.
+    """
     signals.listen()
     try:
-        cli.main(standalone_mode=False)
+        cli.main(arguments, standalone_mode=False)
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.ClickException as error:
