@@ -20,6 +20,8 @@ class Pieces:
     """Calls pieces: `pieces(piece, *arguments)` starts one and gives what it returns, not yet computed."""
 
     ahead: int = AHEAD
+    compiles: bool = field(default_factory=lambda: mx.default_device() != mx.Device(mx.cpu))
+    """On a CPU compiling calls a C++ compiler for each new kernel and makes nothing faster."""
     compiled: dict[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
     under_way: deque[Any] = field(default_factory=deque)
 
@@ -38,8 +40,7 @@ class Pieces:
         self.under_way.clear()
 
     def _ready(self, piece: Callable[..., Any]) -> Callable[..., Any]:
-        # On a CPU compiling calls a C++ compiler for each new kernel and makes nothing faster.
-        if mx.default_device() == mx.Device(mx.cpu):
+        if not self.compiles:
             return piece
         if piece not in self.compiled:
             self.compiled[piece] = mx.compile(piece)

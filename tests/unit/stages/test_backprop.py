@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,11 +14,13 @@ from tiny.compare import assert_all_near, assert_near
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize, spec
-from flux2_relay.stages.train import backprop, blocks, lora, objective
+from flux2_relay.stages.train import blocks, embeddings, lora, objective, pieces
 from flux2_relay.stages.train.backprop import loss_and_gradients
 from flux2_relay.stages.train.lora import LoraOptions
 from flux2_relay.stages.train.options import TrainOptions
-from flux2_relay.stages.train.transformer import Transformer, load_transformer, tensor_shapes
+from flux2_relay.stages.train.residence import Streamed
+from flux2_relay.stages.train.transformer import Transformer, from_tensors, load_transformer, tensor_shapes
+from flux2_relay.stages.weights import open_tensors
 
 CROSSED = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k")  # same shapes, other linears
 TARGETS = {
@@ -44,7 +47,7 @@ def of() -> Callable[[Path], Transformer]:
 
 def attach(model: Transformer, options: LoraOptions) -> None:
     """Adapters of which no factor is zero: with B = 0, nothing would reach A."""
-    model.adapters, model.compiled = {}, {}
+    model.adapters = {}
     lora.attach(model, options, seed=0)
     shapes = {name: value.shape for name, value in lora.parameters(model).items()}
     lora.load(model, {name: mx.array(value) for name, value in cases.adapter(shapes, seed=1).items()})
@@ -125,7 +128,7 @@ def test_gradients_through_packed_weights_are_those_of_the_weights_they_stand_fo
         for name, weight in part.items():
             columns = dense_part[name].shape[-1]
             dense_part[name] = quantize.dense(weight, columns, mx.float32)
-    assert any(isinstance(weight, tuple) for weight in packed.double[0].values()) == (bits < 16)
+    assert any(isinstance(weight, tuple) for weight in packed.residence.weights(0).values()) == (bits < 16)
     for model in (packed, exact):
         attach(model, LoraOptions(rank=2))
     case = case_for(exact)
@@ -140,7 +143,7 @@ def test_gradients_through_packed_weights_are_those_of_the_weights_they_stand_fo
 
 
 def weights(model: Transformer) -> list:
-    return [model.outer, *model.double, *model.single]
+    return [model.outer, *(model.residence.weights(place) for place in range(model.spec.blocks))]
 
 
 def test_bfloat16_gradients_are_near_and_float32(dev: Path, of: Callable) -> None:
@@ -157,24 +160,32 @@ def test_bfloat16_gradients_are_near_and_float32(dev: Path, of: Callable) -> Non
         assert np.linalg.norm(value - expected[name]) < 0.15 * np.linalg.norm(expected[name]), name
 
 
-def test_each_kind_of_block_has_one_function_a_direction(dev: Path) -> None:
-    model = load(dev)
-    attach(model, LoraOptions(rank=2))
-    case = case_for(model)
-    ours.gradients(model, case)
-    functions = dict(model.compiled)
-    assert set(functions) == {"double", "single", "double backward", "single backward"}
-    ours.gradients(model, case)
-    assert model.compiled == functions
+def test_streamed_blocks_give_the_same_bits(dev: Path) -> None:
+    """Whatever is resident: forward and backward, two passes in a row, in one block's order of reading."""
+    model_spec = spec.read_transformer_spec(dev / "transformer")
+    expected = None
+    for resident, ahead in ((model_spec.blocks, 1), (0, 1), (1, 2), (model_spec.blocks - 1, 1)):
+        tensors, streamed = open_tensors(dev / "transformer"), partial(Streamed, resident=resident, ahead=ahead)
+        model = from_tensors(tensors, model_spec, 32, residence=streamed)
+        attach(model, LoraOptions(rank=2))
+        case = case_for(model)
+        for _ in range(2):
+            loss, gradients = ours.gradients(model, case)
+            expected = expected or (loss, gradients)
+            assert loss == expected[0]
+            assert all((value == expected[1][name]).all() for name, value in gradients.items())
 
 
-def test_at_most_a_few_blocks_are_under_way(dev: Path, of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, waited = of(dev), []
+def test_at_most_a_few_pieces_are_under_way(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, started, waited = load(dev), [], []
     attach(model, LoraOptions(rank=2))
-    monkeypatch.setattr(backprop, "AHEAD", 0)
-    monkeypatch.setattr(backprop.mx, "eval", lambda *arrays: waited.append(arrays))
+    model.pieces.ahead = 1
+    monkeypatch.setattr(pieces.mx, "async_eval", started.append)
+    monkeypatch.setattr(pieces.mx, "eval", lambda *arrays: waited.append(arrays))
     ours.gradients(model, case_for(model))
-    assert len(waited) == 2 * (2 + 2)  # every block, there and back
+    assert len(started) > 40
+    assert len(waited) >= len(started) - 1
+    assert not model.pieces.under_way
 
 
 def test_compiled_equals_uncompiled(tmp_path: Path) -> None:
@@ -184,7 +195,7 @@ def test_compiled_equals_uncompiled(tmp_path: Path) -> None:
     case = case_for(model)
     plain_loss, plain = ours.gradients(model, case)
     mx.enable_compile()
-    model.compiled = {}
+    model.pieces.compiles = True
     loss, gradients = ours.gradients(model, case)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     assert_all_near(gradients, plain, 1e-5)
@@ -254,7 +265,7 @@ def test_rotary_turns_by_the_distance_alone() -> None:
         for axis in range(4):
             ids = np.zeros((2, 4), np.int64)
             ids[:, axis] = start, start + 3
-            turned = np.array(blocks.rotate(x, blocks.rotary_tables(ids, sizes)))[0, 0]
+            turned = np.array(blocks.rotate(x, embeddings.rotary_tables(ids, sizes)))[0, 0]
             products.append(float(turned[0] @ turned[1]))
     assert_near(np.array(products[4:]), np.array(products[:4]), 1e-5)
     assert len({round(p, 3) for p in products[:4]}) == 4  # and each axis turns its own pairs
