@@ -33,22 +33,21 @@ def loss_and_gradients(
 ) -> tuple[mx.array, Gradients]:
     """Loss [] float32 and the gradient of every adapter weight, under the names of `lora.parameters`.
 
-    sigma [B] in [0, 1], noise [B, L, 128] float32, guidance [B] or None. `options` gives the loss its weighting.
+    sigma [B] in [0, 1], noise [B, L, 128] float32, guidance [B] or None. `options` gives the loss its weighting. A
+    mapping holds the fields of `Batch`; references, reference_ids, mask and item_weight only where they are used.
     """
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
     weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
-    run = _Pass(
-        transformer,
-        transformer.modulation(sigma, guidance),
-        transformer.rotary(batch.latent_ids, batch.text_ids),
-        transformer.pieces,
-    )
-    hidden = run.forward(*transformer.embed(objective.add_noise(batch.latents, noise, sigma), batch.context))
-    text_rows = batch.context.shape[1]
+    weight = weight if batch.item_weight is None else weight * batch.item_weight
+    tokens, ids = batch.with_references(objective.add_noise(batch.latents, noise, sigma))
+    modulation, rotary = transformer.modulation(sigma, guidance), transformer.rotary(ids, batch.text_ids)
+    run = _Pass(transformer, modulation, rotary, transformer.pieces)
+    hidden = run.forward(*transformer.embed(tokens, batch.context))
+    text_rows, rows = batch.context.shape[1], batch.latents.shape[1]
 
     def head(hidden: mx.array) -> mx.array:
-        velocity = transformer.output(hidden[:, text_rows:], run.modulation)
-        return objective.loss(velocity, batch.latents, noise, weight)
+        velocity = transformer.output(hidden[:, text_rows : text_rows + rows], modulation)  # references left out
+        return objective.loss(velocity, batch.latents, noise, weight, batch.mask)
 
     loss, cotangent = mx.value_and_grad(head)(hidden)
     gradients = run.backward(cotangent, text_rows)

@@ -1,9 +1,10 @@
 """Which items make up which step, and reading them ahead of the step that needs them.
 
-A batch shares one bucket (height, width). What step n trains on is a function of (seed, n) and the set alone: no
-position is kept, so a resumed run goes on with the very batch that the unbroken one would have had.
+A batch shares one bucket: its size, and the sizes of its references. What step n trains on is a function of (seed, n)
+and the set alone: no position is kept, so a resumed run goes on with the very batch that the unbroken one would have
+had.
 
-Letters: B batch, L image tokens, T text rows, C context channels.
+Letters: B batch, L image tokens, R reference tokens, T text rows, C context channels.
 """
 
 import time
@@ -11,18 +12,22 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from flux2_relay.cache import Entry, Store
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.train import randomness
-from flux2_relay.stages.train.contexts import Contexts, tokens
+from flux2_relay.stages.train.contexts import Contexts, reference_ids, to_mlx, tokens
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.transformer import image_ids, text_ids
 
 _THREADS, _AHEAD = 4, 2
+
+Size = tuple[int, int]
+"""Rows and columns in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,16 @@ class Item:
 
     id: str
     latents: str  # key
-    size: tuple[int, int]  # rows, columns in tokens
+    size: Size
     captions: tuple[str, ...]  # keys
+    references: tuple[tuple[str, Size], ...] = ()  # key and size of each
+    mask: str | None = None  # key
+    prior: bool = False
+
+    @property
+    def bucket(self) -> tuple[Size, ...]:
+        """What all items of a batch have in common: their size, then those of their references."""
+        return (self.size, *(size for _, size in self.references))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +65,16 @@ class Batches:
         self._options, self._seed = options, seed
         self._empty = body["shared"]["empty"]  # pyright: ignore[reportIndexIssue]
         self._orders: dict[tuple[int, str, int], list[int]] = {}
-        self._buckets: dict[tuple[int, int], list[Item]] = {}
+        self._buckets: dict[tuple[Size, ...], list[Item]] = {}
         for item in items(body):
-            self._buckets.setdefault(item.size, []).append(item)
+            self._buckets.setdefault(item.bucket, []).append(item)
         if not self._buckets:
             raise InputError("the set holds no pictures; give the config a `data` section and run `relay encode`")
+
+    @property
+    def prior_weight(self) -> float:
+        """What the loss of prior pictures is multiplied by."""
+        return self._options.prior_weight
 
     def at(self, step: int) -> list[list[Draw]]:
         """The forward passes of step `step` (from 0): `accumulate` lists of `batch` draws, each of one bucket."""
@@ -74,12 +92,12 @@ class Batches:
 
     def _pass(self, number: int) -> list[Item]:
         """The items of forward pass `number` of the run: an epoch is all batches of all buckets, shuffled."""
-        counts = {size: -(-len(items) // self._options.batch) for size, items in self._buckets.items()}
+        counts = {name: -(-len(items) // self._options.batch) for name, items in self._buckets.items()}
         epoch, position = divmod(number, sum(counts.values()))
-        places = [(size, n) for size in sorted(counts) for n in range(counts[size])]
-        size, n = places[self._order(len(places), "passes", epoch)[position]]
-        bucket = self._buckets[size]
-        order = self._order(len(bucket), f"items {size}", epoch)
+        places = [(name, n) for name in sorted(counts) for n in range(counts[name])]
+        name, n = places[self._order(len(places), "passes", epoch)[position]]
+        bucket = self._buckets[name]
+        order = self._order(len(bucket), "items " + " ".join(map(str, name)), epoch)
         # The last batch of a bucket is filled from its beginning: every pass weighs the same.
         return [bucket[order[(n * self._options.batch + i) % len(order)]] for i in range(self._options.batch)]
 
@@ -98,8 +116,22 @@ def items(body: Mapping[str, object]) -> Iterator[Item]:
     assert isinstance(samples, Sequence)
     for sample in samples:
         for latents in sample["latents"]:
-            item = Item(sample["id"], latents["key"], (latents["h"], latents["w"]), tuple(sample["text"]))
+            item = Item(
+                sample["id"],
+                latents["key"],
+                (latents["h"], latents["w"]),
+                tuple(sample["text"]),
+                _references(latents),
+                latents["mask"],
+                sample["prior"],
+            )
             yield from [item] * sample["repeats"]
+
+
+def _references(latents: Mapping[str, Any]) -> tuple[tuple[str, Size], ...]:
+    """Key and size of each reference; sets without any say nothing of their sizes."""
+    sizes = latents.get("reference_sizes", ())
+    return tuple((key, (h, w)) for key, (h, w) in zip(latents["references"], sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +148,21 @@ def load_ahead(batches: Batches, store: Store, contexts: Contexts, first: int, l
 
     What goes wrong in a thread is raised here, in the step that needs the entry.
     """
-    waiting: deque[list[list[tuple[Draw, Future[Entry], Future[Entry]]]]] = deque()
+    waiting: deque[list[list[_Read]]] = deque()
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="reader") as pool:
 
-        def submit(step: int) -> None:
-            waiting.append(
-                [
-                    [
-                        (
-                            d,
-                            pool.submit(store.read, "latents", d.item.latents),
-                            pool.submit(contexts.read, d.caption),
-                        )
-                        for d in draws
-                    ]
-                    for draws in batches.at(step)
-                ]
+        def read(draw: Draw) -> _Read:
+            item = draw.item
+            return _Read(
+                draw,
+                pool.submit(store.read, "latents", item.latents),
+                pool.submit(contexts.read, draw.caption),
+                [pool.submit(store.read, "latents", key) for key, _ in item.references],
+                pool.submit(store.read, "masks", item.mask) if item.mask else None,
             )
+
+        def submit(step: int) -> None:
+            waiting.append([[read(draw) for draw in draws] for draws in batches.at(step)])
 
         try:
             for step in range(first, min(first + _AHEAD, last)):
@@ -141,17 +171,45 @@ def load_ahead(batches: Batches, store: Store, contexts: Contexts, first: int, l
                 if step + _AHEAD < last:
                     submit(step + _AHEAD)
                 started = time.perf_counter()
-                passes = [_batch(reads, contexts) for reads in waiting.popleft()]
+                passes = [_batch(reads, contexts, batches.prior_weight) for reads in waiting.popleft()]
                 yield Loaded(step, passes, time.perf_counter() - started)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batch(reads: list[tuple[Draw, Future[Entry], Future[Entry]]], contexts: Contexts) -> tuple[list[Draw], Batch]:
-    draws = [draw for draw, _, _ in reads]
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The entries of one draw, on their way."""
+
+    draw: Draw
+    latents: Future[Entry]
+    text: Future[Entry]
+    references: list[Future[Entry]]
+    mask: Future[Entry] | None
+
+
+def _batch(reads: list[_Read], contexts: Contexts, prior_weight: float) -> tuple[list[Draw], Batch]:
+    draws = [read.draw for read in reads]
+    first = draws[0].item
+    weights = [prior_weight if draw.item.prior else 1.0 for draw in draws]
     return draws, Batch(
-        latents=mx.stack([tokens(latents.result()) for _, latents, _ in reads]),
-        context=mx.stack([contexts.whole(text.result()) for _, _, text in reads]),
-        latent_ids=image_ids(*draws[0].item.size),
+        latents=mx.stack([tokens(read.latents.result()) for read in reads]),
+        context=mx.stack([contexts.whole(read.text.result()) for read in reads]),
+        latent_ids=image_ids(*first.size),
         text_ids=text_ids(contexts.length),
+        references=mx.stack([_joined(read) for read in reads]) if first.references else None,
+        reference_ids=reference_ids([size for _, size in first.references]) if first.references else None,
+        mask=mx.stack([_mask(read) for read in reads]) if any(read.mask for read in reads) else None,
+        item_weight=mx.array(weights, mx.float32) if set(weights) != {1.0} else None,
     )
+
+
+def _joined(read: _Read) -> mx.array:
+    return mx.concatenate([tokens(reference.result()) for reference in read.references])
+
+
+def _mask(read: _Read) -> mx.array:
+    """The mask [L] of an item; one without trains all its rows."""
+    if read.mask is None:
+        return mx.ones(read.draw.item.size[0] * read.draw.item.size[1])
+    return to_mlx(read.mask.result()).reshape(-1).astype(mx.float32)

@@ -3,7 +3,7 @@
 Letters: L image tokens, T text rows, C context channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import numpy as np
 from flux2_relay.cache import Entry, Store
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.context import assemble
+from flux2_relay.stages.train.transformer import image_ids
 
 
 def to_mlx(entry: Entry) -> mx.array:
@@ -65,6 +66,11 @@ def tokens(entry: Entry) -> mx.array:
     """Stored latents [h, w, 128] -> tokens [L, 128] float32, row-major."""
     latents = to_mlx(entry)
     return latents.reshape(-1, latents.shape[-1]).astype(mx.float32)
+
+
+def reference_ids(sizes: Sequence[tuple[int, int]]) -> mx.array:
+    """Position ids [R, 4] of reference images of these (rows, columns), one behind the other."""
+    return mx.concatenate([image_ids(*size, time=10 + 10 * k) for k, size in enumerate(sizes)])
 
 
 def size_of(entry: Entry) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 x = (1 - sigma) latents + sigma noise; target velocity = noise - latents; loss = mean over rows and channels of
 w(sigma) (prediction - target)^2 in float32, averaged over the batch. The model is told sigma itself, in [0, 1].
+A mask weights the rows by mask / mean(mask): a small subject counts as much as a large one. An item's own weight
+(`train.prior_weight`) multiplies its loss. References are read by the model and take no part in the loss.
 
-Letters: B batch, L image tokens, C channels.
+Letters: B batch, L image tokens, R reference tokens, C channels.
 """
 
 import math
@@ -26,6 +28,21 @@ class Batch:
     context: mx.array
     latent_ids: mx.array
     text_ids: mx.array
+    references: mx.array | None = None
+    """Tokens of all reference images, one behind the other: [B, R, 128]."""
+    reference_ids: mx.array | None = None
+    """[R, 4]: the time of reference k is 10 + 10k."""
+    mask: mx.array | None = None
+    """[B, L] in [0, 1]: how much each row counts; no item is all zero."""
+    item_weight: mx.array | None = None
+    """[B]: what an item's loss is multiplied by."""
+
+    def with_references(self, target: mx.array) -> tuple[mx.array, mx.array]:
+        """Tokens [B, L, 128] of the target and their ids, those of the references behind them."""
+        if self.references is None or self.reference_ids is None:
+            return target, self.latent_ids
+        tokens = mx.concatenate([target, self.references.astype(target.dtype)], axis=1)
+        return tokens, mx.concatenate([self.latent_ids, self.reference_ids])
 
 
 def draw(seed: int, step: int, item: int, shape: tuple[int, ...], options: TrainOptions) -> tuple[float, mx.array]:
@@ -96,8 +113,13 @@ def add_noise(latents: mx.array, noise: mx.array, sigma: mx.array) -> mx.array:
     return (1 - at) * latents.astype(mx.float32) + at * noise.astype(mx.float32)
 
 
-def loss(prediction: mx.array, latents: mx.array, noise: mx.array, weight: mx.array) -> mx.array:
-    """Weighted mean squared error of a velocity [B, L, C], in float32; `weight` [B]."""
+def loss(
+    prediction: mx.array, latents: mx.array, noise: mx.array, weight: mx.array, mask: mx.array | None = None
+) -> mx.array:
+    """Weighted mean squared error of a velocity [B, L, C], in float32; `weight` [B] of items, `mask` [B, L] of rows."""
     target = noise.astype(mx.float32) - latents.astype(mx.float32)
-    squared = (prediction.astype(mx.float32) - target) ** 2
-    return mx.mean(weight * mx.mean(squared, axis=(1, 2)))
+    of_rows = mx.mean((prediction.astype(mx.float32) - target) ** 2, axis=2)
+    if mask is not None:
+        mask = mask.astype(mx.float32)
+        of_rows = of_rows * (mask / mx.mean(mask, axis=1, keepdims=True))
+    return mx.mean(weight * mx.mean(of_rows, axis=1))

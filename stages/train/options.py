@@ -104,7 +104,7 @@ class TrainOptions:
     caption_dropout: float = field(default=0.05, metadata=SHARE)
     """Share of the items whose caption is replaced by the cached empty caption."""
 
-    prior_weight: float = field(default=1.0, metadata={"min": 0.0, "supported": (1.0,)})
+    prior_weight: float = field(default=1.0, metadata={"min": 0.0})
     """Weight of the loss on regularisation images."""
 
     ema: float | None = field(default=None, metadata={"min": 0.0, "below": 1.0, "supported": (None,)})

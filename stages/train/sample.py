@@ -5,19 +5,19 @@ Source: diffusers `Flux2Pipeline`, `Flux2KleinPipeline` and `compute_empirical_m
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
 
 from flux2_relay.stages.train import randomness
+from flux2_relay.stages.train.contexts import reference_ids
 from flux2_relay.stages.train.transformer import Transformer, image_ids, text_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """One picture to draw: contexts [T, C], size in tokens, and how."""
+    """One picture to draw: contexts [T, C], size in tokens, latents [h, w, 128] of references, and how."""
 
     context: mx.array
     negative: mx.array | None  # for classifier-free guidance; None where the model needs none
@@ -26,6 +26,7 @@ class Picture:
     seed: int
     steps: int
     guidance: float
+    references: tuple[mx.array, ...] = ()
 
 
 def schedule(steps: int, rows: int) -> list[float]:
@@ -70,5 +71,10 @@ def _velocity(
     transformer: Transformer, picture: Picture, context: mx.array, latents: mx.array, sigma: float
 ) -> mx.array:
     guidance = mx.array([picture.guidance], mx.float32) if transformer.spec.guidance else None
-    ids: Sequence[mx.array] = image_ids(picture.height, picture.width), text_ids(context.shape[0])
-    return transformer(latents, context[None], mx.array([sigma], mx.float32), guidance, *ids)
+    tokens, ids, rows = latents, image_ids(picture.height, picture.width), latents.shape[1]
+    if picture.references:
+        joined = [reference.reshape(1, -1, latents.shape[-1]) for reference in picture.references]
+        tokens = mx.concatenate([latents, *joined], axis=1)
+        ids = mx.concatenate([ids, reference_ids([(r.shape[0], r.shape[1]) for r in picture.references])])
+    at = mx.array([sigma], mx.float32)
+    return transformer(tokens, context[None], at, guidance, ids, text_ids(context.shape[0]))[:, :rows]
