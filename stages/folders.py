@@ -1,14 +1,23 @@
-"""Where the parts of a model lie: one folder in the diffusers layout, any part of which may be elsewhere."""
+"""Where the parts of a model lie: one folder in the diffusers layout, single files, or each part somewhere else.
+
+A place is a folder or a file. `find` only looks; a part that is not there gets the place where it would be, so that a
+training machine needs no text encoder, and whoever reads it says what is missing.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import hub, names
+from flux2_relay.stages.catalogue import PartName
+from flux2_relay.stages.weights import listing, read_header
+
+PARTS: tuple[PartName, ...] = ("transformer", "text_encoder", "tokenizer", "vae")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFolders:
-    """The folder of a model and of each of its parts."""
+    """The place of a model as it was named, and of each of its parts."""
 
     root: Path
     transformer: Path
@@ -16,28 +25,77 @@ class ModelFolders:
     tokenizer: Path
     vae: Path
 
+    def missing(self) -> tuple[PartName, ...]:
+        """The parts of which there are no files where they should be."""
+        return tuple(part for part in PARTS if not is_there(part, getattr(self, part)))
+
 
 def find(
     path: str, text_encoder: str | None = None, tokenizer: str | None = None, vae: str | None = None
 ) -> ModelFolders:
-    """The folders that the `model` section of a config names; `~` is expanded, nothing is read."""
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise InputError(f"model.path: {root} is no folder; it must be a FLUX.2 checkpoint in the diffusers layout")
+    """The places that the `model` section of a config names; `~` is expanded.
+
+    Each is a folder, a single file, or the id of a repository in the local Hugging Face cache. Parts that are not named
+    are looked for in the model's folder (of a single file: the folder it lies in), as folders or as single files.
+    """
+    root = _place(path, "path")
+    folder = root.parent if root.is_file() else root
     return ModelFolders(
         root=root,
-        transformer=root / "transformer",
-        text_encoder=_part(text_encoder, "text_encoder", root),
-        tokenizer=_part(tokenizer, "tokenizer", root),
-        vae=_part(vae, "vae", root),
+        transformer=root if root.is_file() else _inside(folder, "transformer"),
+        text_encoder=_part(text_encoder, "text_encoder") or _inside(folder, "text_encoder"),
+        tokenizer=_part(tokenizer, "tokenizer") or folder / "tokenizer",
+        vae=_part(vae, "vae") or _inside(folder, "vae"),
     )
 
 
-def _part(named: str | None, name: str, root: Path) -> Path:
+def is_there(part: PartName, place: Path) -> bool:
+    """Whether a part's own files stand in its place."""
+    if part == "tokenizer":
+        return (place / "tokenizer.json").is_file()
+    return place.is_file() or any(file.is_file() for file in place.glob("*.safetensors"))
+
+
+def _part(named: str | None, part: PartName) -> Path | None:
     if named is None:
-        return root / name
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"model.{name}: {folder} is no folder")
+        return None
+    place = _place(named, part)
+    if part == "tokenizer" and place.is_file():
+        place = place.parent  # tokenizer.json itself
     # Another model's whole folder may be named as well as the part inside it.
-    return folder / name if (folder / name).is_dir() else folder
+    return place / part if (place / part).is_dir() else place
+
+
+def _place(named: str, key: str) -> Path:
+    place = Path(named).expanduser()
+    if place.exists():
+        return place
+    if not hub.is_id(named):
+        raise InputError(f"model.{key}: {place} is no folder and no file")
+    found = hub.snapshot(named)
+    if found is None:
+        raise InputError(
+            f"model.{key}: {named} is no folder and no file here, and no repository of that id lies in the Hugging "
+            f"Face cache {hub.cache_folder()}; this program downloads nothing: hf download {named}"
+        )
+    return found
+
+
+def _inside(folder: Path, part: names.Part) -> Path:
+    """Where a part lies in a model's folder: in a folder of its own or, failing that, in a file."""
+    usual = folder / part
+    if usual.is_dir():
+        return usual
+    found = [file for file in sorted(folder.glob("*.safetensors")) if part in parts_of(file)]
+    if len(found) > 1:
+        title = f"{folder}: several files hold a {part.replace('_', ' ')}; name one of them in the config:"
+        raise InputError(listing(title, [file.name for file in found]))
+    return found[0] if found else usual
+
+
+def parts_of(file: Path) -> frozenset[names.Part]:
+    """Which parts a file holds, told by the names in it; none where it cannot be read."""
+    try:
+        return names.parts_in(read_header(file))
+    except InputError:
+        return frozenset()

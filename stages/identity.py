@@ -27,7 +27,7 @@ _SMALL = 1 << 30  # bytes hashed in about half a second
 def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str, object]) -> str:
     """SHA-256 over `name, type, shape, digest` of the tensors that a stage uses, and the config values that enter.
 
-    Equal for sharded, single-file and renamed layouts of the same weights; different for one changed weight.
+    Equal for sharded, single-file, renamed and fused layouts of the same weights; different for one changed weight.
     """
     names = sorted(names)
     digests = tensor_digests([tensors.info[name] for name in names])
@@ -40,8 +40,9 @@ def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str
 
 
 def name_of(info: TensorInfo) -> tuple[Path, str]:
-    """What tells a tensor from all others on this machine: its file and its name there."""
-    return info.file, info.name
+    """What tells a tensor from all others on this machine: its file, its name there and, of a part, which rows."""
+    rows = ",".join(f"{first}:{last}" for first, last in info.rows)
+    return info.file, f"{info.name}[{rows}]" if rows else info.name
 
 
 def is_remembered(tensors: Tensors) -> bool:
@@ -64,12 +65,12 @@ def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:
             wanted = [info for info in infos if info.file == file]
             key = _weights_key(file)
             known: dict[str, str] = json.loads(memo.get(key) or "{}")
-            unknown = [info for info in wanted if info.name not in known]
+            unknown = {name_of(info)[1]: info for info in wanted if name_of(info)[1] not in known}
             if unknown:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing frees the interpreter
-                    known |= dict(zip([i.name for i in unknown], pool.map(_tensor_digest, unknown), strict=True))
+                    known |= dict(zip(unknown, pool.map(_tensor_digest, unknown.values()), strict=True))
                 memo.put(key, json.dumps(known))
-            found |= {(file, info.name): known[info.name] for info in wanted}
+            found |= {name_of(info): known[name_of(info)[1]] for info in wanted}
     return found
 
 
@@ -86,15 +87,16 @@ def file_sha256(path: Path) -> str:
 
 
 def _tensor_digest(info: TensorInfo) -> str:
-    digest, left = hashlib.sha256(), info.end - info.start
+    digest = hashlib.sha256()
     with open(info.file, "rb") as handle:
-        handle.seek(info.start)
-        while left:
-            data = handle.read(min(_CHUNK, left))
-            if not data:
-                raise OSError(f"{info.file} became shorter while it was read")
-            digest.update(data)
-            left -= len(data)
+        for start, end in info.ranges:
+            handle.seek(start)
+            while start < end:
+                data = handle.read(min(_CHUNK, end - start))
+                if not data:
+                    raise OSError(f"{info.file} became shorter while it was read")
+                digest.update(data)
+                start += len(data)
     return digest.hexdigest()
 
 

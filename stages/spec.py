@@ -1,140 +1,41 @@
-"""What a model is: frozen specs read from a checkpoint's own config files, and the catalogue of known models.
+"""What a model is: specs read from a checkpoint's own config files, or from its shapes where it has none.
 
-Numerics ask a spec and never compare names. A checkpoint of any size in the diffusers layout is understood;
-the catalogue only gives familiar sizes a name (`model.name`) and lets a wrong folder be refused early.
+Numerics ask a spec and never compare names. A checkpoint of any size is understood; the catalogue only gives familiar
+sizes a name (`model.name`) and lets a wrong folder be refused early.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import folders, infer, names
+from flux2_relay.stages.catalogue import CATALOGUE, DEV
+from flux2_relay.stages.sizes import ModelSpec, TextSpec, TransformerSpec, VaeSpec
+from flux2_relay.stages.weights import open_tensors
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransformerSpec:
-    """Sizes of one FLUX.2 transformer (diffusers `Flux2Transformer2DModel`)."""
-
-    double_blocks: int
-    single_blocks: int
-    heads: int
-    head_dim: int
-    context_width: int
-    guidance: bool  # guidance-distilled: takes a guidance embedding
-    channels: int = 128
-    mlp_ratio: float = 3.0
-    time_channels: int = 256
-    rope_axes: tuple[int, ...] = (32, 32, 32, 32)
-    rope_theta: float = 2000.0
-    eps: float = 1e-6
-
-    @property
-    def hidden(self) -> int:
-        """Width D of the residual stream."""
-        return self.heads * self.head_dim
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of both kinds."""
-        return self.double_blocks + self.single_blocks
-
-    @property
-    def mlp_width(self) -> int:
-        """Width M of one half of the gated MLP."""
-        return int(self.hidden * self.mlp_ratio)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextSpec:
-    """Sizes of the language model that reads captions, and which of its layers are kept."""
-
-    family: str  # a key of stages.encode.templates.FAMILIES
-    layers: int
-    hidden: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    rope_theta: float
-    eps: float
-    taps: tuple[int, ...]
-    length: int  # rows of the context, pads included
-
-    @property
-    def context_width(self) -> int:
-        """Channels C of the context: the taps side by side."""
-        return self.hidden * len(self.taps)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VaeSpec:
-    """Sizes of the image autoencoder (diffusers `AutoencoderKLFlux2`)."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 32
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    decoder_block_out_channels: tuple[int, ...] | None = None
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    batch_norm_eps: float = 1e-4
-    patch: tuple[int, int] = (2, 2)
-    attention: bool = True
-    quant_conv: bool = True
-    post_quant_conv: bool = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
-    """The three parts of one model, and whether it was distilled to few steps (then it takes no negative prompt)."""
-
-    name: str
-    transformer: TransformerSpec
-    text: TextSpec
-    vae: VaeSpec
-    distilled: bool
-
-
-def _klein(hidden_heads: int, double: int, single: int, context: int) -> TransformerSpec:
-    return TransformerSpec(
-        double_blocks=double,
-        single_blocks=single,
-        heads=hidden_heads,
-        head_dim=128,
-        context_width=context,
-        guidance=False,
-    )
-
-
-DEV = TransformerSpec(double_blocks=8, single_blocks=48, heads=48, head_dim=128, context_width=15360, guidance=True)
-CATALOGUE: Mapping[str, tuple[TransformerSpec, bool]] = {
-    "dev": (DEV, False),
-    "klein-4b": (_klein(24, 5, 20, 7680), True),
-    "klein-9b": (_klein(32, 8, 24, 12288), True),
-    "klein-base-4b": (_klein(24, 5, 20, 7680), False),
-    "klein-base-9b": (_klein(32, 8, 24, 12288), False),
-}
-"""Known models: the transformer's spec, and whether the model is distilled."""
+__all__ = ["CATALOGUE", "DEV", "ModelSpec", "TextSpec", "TransformerSpec", "VaeSpec"]
 
 
 def from_checkpoint(model_dir: Path | str) -> ModelSpec:
-    """The specs of a checkpoint folder in the diffusers layout; InputError names every file and key that is wrong."""
-    folder = Path(model_dir).expanduser()
-    transformer, distilled = read_transformer_spec(folder / "transformer"), read_distilled(folder)
-    text = read_text_spec(folder / "text_encoder")
+    """The specs of a checkpoint in any layout that `folders.find` knows; InputError names every file and key at fault.
+
+    Whether a single file without a `model_index.json` beside it is distilled cannot be told: it counts as not.
+    """
+    places = folders.find(str(model_dir))
+    transformer, distilled = read_transformer_spec(places.transformer), read_distilled(places.root)
+    text = read_text_spec(places.text_encoder)
     if text.context_width != transformer.context_width:
         raise InputError(
-            f"{folder}: the text encoder gives {text.context_width} channels ({len(text.taps)} taps x {text.hidden}), "
-            f"but the transformer takes {transformer.context_width}: the folder mixes two models"
+            f"{places.root}: the text encoder gives {text.context_width} channels ({len(text.taps)} taps x "
+            f"{text.hidden}), but the transformer takes {transformer.context_width}: the folder mixes two models"
         )
     return ModelSpec(
-        name=known_name(transformer, distilled) or folder.name,
+        name=known_name(transformer, distilled) or places.root.name,
         transformer=transformer,
         text=text,
-        vae=read_vae_spec(folder / "vae"),
+        vae=read_vae_spec(places.vae),
         distilled=distilled,
     )
 
@@ -154,9 +55,11 @@ def check_name(name: str, transformer: TransformerSpec, distilled: bool, folder:
     raise InputError(f"model.name is '{name}', but {folder} holds {found}; correct model.path, or say model.name: auto")
 
 
-def read_transformer_spec(folder: Path) -> TransformerSpec:
-    """The spec of a `transformer` folder's config.json."""
-    config = _Config(folder / "config.json")
+def read_transformer_spec(place: Path) -> TransformerSpec:
+    """The spec of a `transformer` folder or file: its config.json, else its shapes."""
+    config = _config_of(place, "num_single_layers", "attention_head_dim", "Flux2Transformer2DModel")
+    if config is None:
+        return infer.transformer_spec(names.open_transformer(place))
     spec = TransformerSpec(
         double_blocks=config.integer("num_layers", 8),
         single_blocks=config.integer("num_single_layers", 48),
@@ -182,20 +85,28 @@ def read_transformer_spec(folder: Path) -> TransformerSpec:
 
 def read_distilled(model_dir: Path) -> bool:
     """Whether `model_index.json` says `is_distilled`; a folder without that file or key is not distilled."""
-    path = Path(model_dir) / "model_index.json"
+    path = index_of(model_dir)
     return path.is_file() and _Config(path).flag("is_distilled", False)
+
+
+def index_of(model_dir: Path) -> Path:
+    """Where the `model_index.json` of a model folder, or of a single file in one, would be."""
+    root = Path(model_dir)
+    return (root.parent if root.is_file() else root) / "model_index.json"
 
 
 _FAMILIES = {"mistral": ("mistral", (10, 20, 30)), "qwen3": ("qwen3", (9, 18, 27))}
 """`model_type` of the language model -> family, and the taps that the family's pipelines keep."""
 
 
-def read_text_spec(folder: Path) -> TextSpec:
-    """The spec of a `text_encoder` folder's config.json.
+def read_text_spec(place: Path) -> TextSpec:
+    """The spec of a `text_encoder` folder or file: its config.json, else that of the known encoder with its shapes.
 
-    `flux2_text_length` and `flux2_taps` there replace what the family's pipeline has as arguments.
+    `flux2_text_length` and `flux2_taps` in the config replace what the family's pipeline has as arguments.
     """
-    outer = _Config(folder / "config.json")
+    outer = _config_of(place, "text_config", "num_hidden_layers")
+    if outer is None:
+        return infer.text_spec(names.text_encoder(open_tensors(place)))
     config = outer.inner("text_config")
     model_type = config.get("model_type", None)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
@@ -238,9 +149,11 @@ def _rope_theta(config: "_Config") -> float:
     return (config.inner("rope_parameters") if "rope_theta" in parameters else config).number("rope_theta")
 
 
-def read_vae_spec(folder: Path) -> VaeSpec:
-    """The spec of a `vae` folder's config.json."""
-    config = _Config(folder / "config.json")
+def read_vae_spec(place: Path) -> VaeSpec:
+    """The spec of a `vae` folder or file: its config.json, else its shapes."""
+    config = _config_of(place, "block_out_channels", "latent_channels", "AutoencoderKLFlux2")
+    if config is None:
+        return infer.vae_spec(names.open_vae(place))
     patch = config.integers("patch_size", (2, 2))
     if len(patch) != 2:
         config.fail(f"patch_size must be two numbers, found {list(patch)}")
@@ -265,6 +178,21 @@ def read_vae_spec(folder: Path) -> VaeSpec:
     return spec
 
 
+def _config_of(place: Path, *signs: str) -> "_Config | None":
+    """The config.json of a folder, or the one beside a file if it describes that part; None where only shapes tell.
+
+    A file may lie beside the config of something else: one of the `signs` must be a key of it, or its class.
+    """
+    if not place.is_file():
+        path = place / "config.json"
+        return None if not path.exists() and any(place.glob("*.safetensors")) else _Config(path)
+    path = place.with_name("config.json")
+    if not path.is_file():
+        return None
+    config = _Config(path)
+    return config if any(sign in config.values or sign == config.values.get("_class_name") for sign in signs) else None
+
+
 class _Config:
     """One config.json whose every complaint names the file and the key."""
 
@@ -277,7 +205,7 @@ class _Config:
             values = json.loads(self.path.read_text("utf-8"))
         except FileNotFoundError:
             raise InputError(
-                f"{self.path}: no such file; model.path must be a FLUX.2 folder in the diffusers layout"
+                f"{self.path}: no such file; `relay models --path MODEL` says what is missing and what to download"
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: cannot be read as JSON ({error}); download it again") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError, RelayError
+from flux2_relay.stages import folders, names
 from flux2_relay.stages.spec import VaeSpec, read_vae_spec
 from flux2_relay.stages.vae_blocks import (
     GROUP_NORM_EPS,
@@ -23,7 +24,6 @@ from flux2_relay.stages.vae_blocks import (
     tensor_shapes,
 )
 from flux2_relay.stages.vae_strips import run
-from flux2_relay.stages.weights import open_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +69,8 @@ class Decoder:
 
 
 def load_encoder(model_dir: Path | str, folder: Path | None = None) -> Encoder:
-    """The encoder half of ``model_dir/vae``, or of ``folder``; no tensor of the decoder is read."""
-    folder = folder or Path(model_dir).expanduser() / "vae"
+    """The encoder half of the VAE of ``model_dir``, or of ``folder``; no tensor of the decoder is read."""
+    folder = folder or folders.find(str(model_dir)).vae
     spec = read_vae_spec(folder)
     _check_groups(folder, spec, spec.block_out_channels)
     weights = _read(folder, encoder_tensor_names(spec), ("encoder.", "quant_conv."))
@@ -78,8 +78,8 @@ def load_encoder(model_dir: Path | str, folder: Path | None = None) -> Encoder:
 
 
 def load_decoder(model_dir: Path | str, folder: Path | None = None) -> Decoder:
-    """The decoder half of ``model_dir/vae``, or of ``folder``; no tensor of the encoder is read."""
-    folder = folder or Path(model_dir).expanduser() / "vae"
+    """The decoder half of the VAE of ``model_dir``, or of ``folder``; no tensor of the encoder is read."""
+    folder = folder or folders.find(str(model_dir)).vae
     spec = read_vae_spec(folder)
     _check_groups(folder, spec, spec.decoder_block_out_channels or spec.block_out_channels)
     weights = _read(folder, decoder_tensor_names(spec), ("decoder.", "post_quant_conv."))
@@ -147,14 +147,14 @@ def _statistics(spec: VaeSpec) -> Shapes:
     return {"bn.running_mean": (channels,), "bn.running_var": (channels,)}
 
 
-def _read(folder: Path, names: Shapes, prefixes: tuple[str, ...]) -> dict[str, mx.array]:
+def _read(folder: Path, shapes: Shapes, prefixes: tuple[str, ...]) -> dict[str, mx.array]:
     """The named tensors in float32, conv kernels turned from OIHW to MLX's OHWI.
 
     The half is checked whole: a tensor that starts with one of ``prefixes`` and is not expected is refused.
     """
-    tensors = open_tensors(folder)
-    tensors.check(names, ignore=lambda name: not name.startswith(prefixes))
-    weights = tensors.read_all(names, mx.float32)
+    tensors = names.open_vae(folder)
+    tensors.check(shapes, ignore=lambda name: not name.startswith(prefixes))
+    weights = tensors.read_all(shapes, mx.float32)
     weights = {name: w.transpose(0, 2, 3, 1) if w.ndim == 4 else w for name, w in weights.items()}
     mx.eval(weights)
     return weights

@@ -8,7 +8,7 @@ there, nor holes and overlaps; a half-downloaded or mixed-up checkpoint must be 
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ _MAX_HEADER = 100_000_000  # bytes; the format's own bound
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor stands: file, its name there, element type, shape and byte range in the file."""
+    """Where one tensor stands: file, its name there, element type, shape and byte range in the file.
+
+    It may be a part of what the file calls a tensor, or parts of it in another order: other layouts fuse matrices.
+    """
 
     file: Path
     name: str
@@ -33,6 +36,37 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    rows: tuple[tuple[int, int], ...] = ()
+    """The row ranges of the file's tensor that this one is made of, in order; () is all of it."""
+    stored: tuple[int, ...] | None = None
+    """The shape in the file where `shape` differs in more than rows."""
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The byte ranges in the file that hold this tensor's bytes, in order."""
+        if len(self.rows) < 2:
+            return ((self.start, self.end),)
+        row = (self.end - self.start) // sum(last - first for first, last in self.rows)
+        base = self.start - row * min(first for first, _ in self.rows)
+        return tuple((base + first * row, base + last * row) for first, last in self.rows)
+
+    def take_rows(self, *ranges: tuple[int, int]) -> "TensorInfo":
+        """These row ranges of a whole tensor, one after another; together they must be one stretch of the file."""
+        row = (self.end - self.start) // max(1, self.shape[0])
+        first, last = min(start for start, _ in ranges), max(end for _, end in ranges)
+        shape = (sum(end - start for start, end in ranges), *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + first * row, end=self.start + last * row, rows=ranges)
+
+    def reshape(self, shape: tuple[int, ...]) -> "TensorInfo":
+        """The same bytes in another shape."""
+        return replace(self, shape=shape, stored=self.shape)
+
+    def of(self, whole: mx.array) -> mx.array:
+        """This tensor's values, given those of the file's tensor; lazy."""
+        if self.rows:
+            parts = [whole[first:last] for first, last in self.rows]
+            whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return whole if self.stored is None else whole.reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +88,7 @@ class Tensors:
             info = self.info[name]
             if info.file not in files:
                 files[info.file] = _load(info.file)
-            value = files[info.file][info.name]
+            value = info.of(files[info.file][info.name])
             values[name] = value if dtype is None else value.astype(dtype)
         return values
 

@@ -20,7 +20,7 @@ from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
-from flux2_relay.stages import identity, measure, vae
+from flux2_relay.stages import identity, measure, names, vae
 from flux2_relay.stages.encode import images
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
@@ -39,7 +39,7 @@ from flux2_relay.stages.encode.text import load_text_encoder
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
-from flux2_relay.stages.weights import Tensors, listing, open_tensors
+from flux2_relay.stages.weights import Tensors, listing
 
 _ROUNDS = 3  # how often entries that vanish while we encode are made again before we give up
 
@@ -136,7 +136,7 @@ def identities(
         dtype=job.text_dtype,
         shares_rows=tokenizer.shares_rows,
     )
-    of_vae = vae_identity(open_tensors(job.folders.vae), vae_spec)
+    of_vae = vae_identity(names.open_vae(job.folders.vae), vae_spec)
     return text, LatentsIdentity(vae=of_vae, tf32=uses_tf32(), dtype=job.latents_dtype)
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux2_relay.stages import quantize
+from flux2_relay.stages import folders, names, quantize
 from flux2_relay.stages.quantize import Weight, product
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import blocks, embeddings
@@ -21,7 +21,7 @@ from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights,
 from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.train.residence import Reader, Residence, Resident
-from flux2_relay.stages.weights import Tensors, open_tensors
+from flux2_relay.stages.weights import Tensors
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
@@ -137,12 +137,12 @@ def image_ids(height: int, width: int, time: int = 0) -> mx.array:
 def load_transformer(
     model_dir: Path | str, spec: TransformerSpec, bits: int = 16, dtype: mx.Dtype | None = None
 ) -> Transformer:
-    """The transformer of a diffusers folder, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
+    """The transformer of a model folder or file, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
 
     `dtype` is the compute type: float32 where `bits` is 32, else bfloat16. InputError lists every tensor that is
     missing, surplus or misshapen.
     """
-    tensors = open_tensors(Path(model_dir).expanduser() / "transformer")
+    tensors = names.open_transformer(folders.find(str(model_dir)).transformer)
     tensors.check(tensor_shapes(spec))
     return from_tensors(tensors, spec, bits, dtype)
 
