@@ -8,12 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import identity
+from flux2_relay.stages import identity, names
+from flux2_relay.stages.encode import packed
+from flux2_relay.stages.encode.packed import Packing
+from flux2_relay.stages.names import EMBEDDING
 from flux2_relay.stages.spec import TextSpec
-from flux2_relay.stages.weights import Tensors, open_tensors
+from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 
-EMBEDDING = "embed_tokens.weight"
 _HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
 
 
@@ -40,51 +41,72 @@ def tensor_shapes(spec: TextSpec) -> dict[str, tuple[int, ...]]:
     return {EMBEDDING: (spec.vocabulary, spec.hidden)} | shapes
 
 
-def canonical(tensors: Tensors) -> Tensors:
-    """The language model's tensors as `embed_tokens.weight` and `layers.N.…`, whatever stood in front of them."""
-    ends = [name for name in tensors.info if name == EMBEDDING or name.endswith("." + EMBEDDING)]
-    if len(ends) != 1:
-        raise InputError(
-            f"{tensors.source}: expected one tensor ending in {EMBEDDING}, found {len(ends)}; this is no text encoder"
-        )
-    prefix = ends[0].removesuffix(EMBEDDING)
-    return tensors.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
-
-
 def is_unused(name: str, spec: TextSpec) -> bool:
     """Whether a canonical name belongs to the model, but not to what encoding reads."""
     if name.startswith("layers."):
         number = name.split(".")[1]
         return number.isdigit() and spec.taps[-1] <= int(number) < spec.layers
-    return name in ("norm.weight", "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+    return name == "norm.weight" or name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq")
 
 
-def open_encoder(folder: Path, spec: TextSpec) -> Tensors:
-    """The checked tensors of an encoder folder under canonical names, those that encoding needs and no others."""
-    tensors = canonical(open_tensors(folder))
-    expected = tensor_shapes(spec)
-    tensors.check(expected, ignore=lambda name: is_unused(name, spec))
-    return Tensors(tensors.source, {name: tensors.info[name] for name in expected})
+def open_encoder(place: Path, spec: TextSpec) -> Tensors:
+    """The checked tensors of an encoder's folder or file under canonical names, only those that encoding needs.
+
+    Matrices that MLX has packed before stand there as they are, each with its scales.
+    """
+    tensors = names.text_encoder(open_tensors(place))
+    expected, found = tensor_shapes(spec), encoder_packings(tensors, spec)
+    packed.check_settings(place, tensors, found)
+    of_packed = {f"{path}.{part}" for path, packing in found.items() for part in packed.parts(packing)}
+    tensors.check(
+        {name: shape for name, shape in expected.items() if name not in of_packed},
+        ignore=lambda name: name in of_packed or is_unused(name, spec),
+    )
+    return Tensors(tensors.source, {name: tensors.info[name] for name in sorted({*expected, *of_packed})})
+
+
+def encoder_packings(tensors: Tensors, spec: TextSpec) -> dict[str, Packing]:
+    """Module path -> packing of everything that encoding needs and that is packed; empty for an ordinary encoder."""
+    return packed.packings(tensors, tensor_shapes(spec))
+
+
+def layer_packings(tensors: Tensors, number: int, spec: TextSpec) -> dict[str, Packing]:
+    """The same for one layer."""
+    return packed.packings(tensors, {f"layers.{number}.{name}": shape for name, shape in layer_shapes(spec).items()})
 
 
 def encoder_identity(tensors: Tensors, spec: TextSpec) -> str:
     """Identity of a text encoder: the tensors up to the last tap, and what its numerics read from the config."""
-    config = {
+    config: dict[str, object] = {
         "heads": spec.heads,
         "kv_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "rope_theta": repr(spec.rope_theta),
         "eps": repr(spec.eps),
     }
+    if found := encoder_packings(tensors, spec):
+        config["packed"] = {path: [p.bits, p.group_size, p.mode] for path, p in found.items()}
     return identity.weights_identity(tensors, tensors.info, config)
 
 
 def embedding_rows(tensors: Tensors, ids: np.ndarray, dtype: mx.Dtype) -> mx.array:
     """Rows `ids` [...] of the embedding table -> [..., H], gathered from the file: the table itself is never loaded."""
-    info = tensors.info[EMBEDDING]
-    storage = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}[info.dtype]
-    table = np.memmap(info.file, storage, "r", offset=info.start, shape=info.shape)
     used, inverse = np.unique(ids, return_inverse=True)
-    rows = mx.array(np.ascontiguousarray(table[used]))
-    rows = rows.view(mx.bfloat16) if info.dtype == "BF16" else rows
+    hidden = tensors.info["layers.0.input_layernorm.weight"].shape[0]
+    found = packed.packings(tensors, {EMBEDDING: (tensors.info[EMBEDDING].shape[0], hidden)})
+    if found:
+        ((path, packing),) = found.items()
+        parts = {part: _gather(tensors.info[f"{path}.{part}"], used) for part in packed.parts(packing)}
+        rows = packed.unpack(parts, packing, tensors.source)
+    else:
+        rows = _gather(tensors.info[EMBEDDING], used)
     return rows.astype(dtype)[mx.array(inverse.reshape(ids.shape).astype(np.uint32))]
+
+
+_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
+
+
+def _gather(info: TensorInfo, rows: np.ndarray) -> mx.array:
+    table = np.memmap(info.file, np.dtype(_STORAGE[info.dtype]), "r", offset=info.start, shape=info.shape)
+    values = mx.array(np.ascontiguousarray(table[rows]))
+    return values.view(mx.bfloat16) if info.dtype == "BF16" else values

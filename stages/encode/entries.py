@@ -15,6 +15,7 @@ from flux2_relay.stages.encode import images
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.images import Placement
 from flux2_relay.stages.encode.layers import GROUP
+from flux2_relay.stages.encode.packed import Packing
 from flux2_relay.stages.weights import listing
 
 TEXT_NUMERICS = 1  # part of every text key: raise it when the encoder's own code changes its numbers on purpose
@@ -30,6 +31,7 @@ class TextIdentity:
     taps: tuple[int, ...]
     length: int
     bits: int
+    packing: Packing | None = None  # of an encoder that is packed on disk: then `bits` says only how it computes
     dtype: str  # of the stored rows
     shares_rows: bool
 
@@ -44,12 +46,19 @@ class TextIdentity:
             "taps": list(self.taps),
             "max_length": self.length,
             "rows": rows or ("own" if self.shares_rows else "all"),
-            "quant": None if self.bits >= 16 else {"bits": self.bits, "group": GROUP, "mode": "affine"},
+            "quant": self._quant(),
             "compute": "float32" if self.bits == 32 else "bfloat16",
             "dtype": self.dtype,
             "numerics": TEXT_NUMERICS,
             "caption": caption,
         }
+
+    def _quant(self) -> dict[str, object] | None:
+        """How most of the weights are quantized; that of a packed file is told in full by the encoder's identity."""
+        if self.packing is not None:
+            packing = self.packing
+            return {"bits": packing.bits, "group": packing.group_size, "mode": packing.mode, "source": "file"}
+        return None if self.bits >= 16 else {"bits": self.bits, "group": GROUP, "mode": "affine"}
 
 
 @dataclass(frozen=True, slots=True)

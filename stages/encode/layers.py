@@ -7,13 +7,14 @@ silently take another rotary base. Weights keep the layout of `mlx.nn.quantize`.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen3
 
-from flux2_relay.stages.encode.encoder_weights import layer_shapes
+from flux2_relay.stages.encode import packed
+from flux2_relay.stages.encode.encoder_weights import layer_packings, layer_shapes
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
 
@@ -62,15 +63,31 @@ _BLOCKS: Mapping[str, Callable[[TextSpec], nn.Module]] = {"mistral": _mistral, "
 def decoder_layer(tensors: Tensors, number: int, spec: TextSpec, bits: int) -> nn.Module:
     """Layer `number` (from 0) with its weights at `bits`: 32 float32, 16 bfloat16, else affine in groups of 64.
 
-    A linear whose width does not divide by 64 stays bfloat16. Weights are lazy until evaluated.
+    A linear whose width does not divide by 64 stays bfloat16. Where the file is packed, what it has packed stays so and
+    the rest stays unpacked: `bits` then only says how it computes. Weights are lazy until evaluated.
     """
-    layer = _BLOCKS[spec.family](spec)
-    names = [f"layers.{number}.{name}" for name in layer_shapes(spec)]
-    values = tensors.read_all(names, mx.float32 if bits == 32 else mx.bfloat16)
-    layer.load_weights([(name.split(".", 2)[2], value) for name, value in values.items()])
-    if bits < 16:
+    layer, dtype = _BLOCKS[spec.family](spec), compute_dtype(bits)
+    found = layer_packings(tensors, number, spec)
+    plain = [f"layers.{number}.{name}" for name in layer_shapes(spec)]
+    values = tensors.read_all((name for name in plain if name.removesuffix(".weight") not in found), dtype)
+    if found:
+        settings = {_inside(path): asdict(packing) for path, packing in found.items()}
+        nn.quantize(layer, class_predicate=lambda path, module: settings.get(path, False))
+        values |= packed.read(tensors, found, dtype)
+    layer.load_weights([(_inside(name), value) for name, value in values.items()])
+    if bits < 16 and not found:
         nn.quantize(layer, group_size=GROUP, bits=bits, class_predicate=_divides)
     return layer
+
+
+def compute_dtype(bits: int) -> mx.Dtype:
+    """What the encoder computes in."""
+    return mx.float32 if bits == 32 else mx.bfloat16
+
+
+def _inside(name: str) -> str:
+    """A name inside its layer."""
+    return name.split(".", 2)[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +123,11 @@ def resident_layers(tensors: Tensors, spec: TextSpec, bits: int) -> list[nn.Modu
     return layers
 
 
-def layer_bytes(spec: TextSpec, bits: int) -> int:
-    """What one layer takes in memory at `bits`; scales and biases of a group are 4 bytes."""
+def layer_bytes(spec: TextSpec, bits: int, packed_source: Tensors | None = None) -> int:
+    """What one layer takes in memory at `bits`, scales and biases 4 bytes a group, or as a packed file has it."""
+    if packed_source is not None:
+        sizes = (info.end - info.start for name, info in packed_source.info.items() if name.startswith("layers.0."))
+        return sum(sizes)
     per_weight = bits / 8 if bits >= 16 else bits / 8 + 4 / GROUP
     sizes = ((shape, math.prod(shape)) for shape in layer_shapes(spec).values())
     return int(sum(size * (per_weight if len(shape) == 2 else 2) for shape, size in sizes))

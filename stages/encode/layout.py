@@ -7,6 +7,7 @@ from flux2_relay.stages.encode.layers import layer_bytes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TextSpec
+from flux2_relay.stages.weights import Tensors
 
 _AT_ONCE = 2  # streamed layers in memory: the one in use and the one being read
 _SCRATCH_ROWS = 3  # hidden-wide and MLP-wide temporaries of a batch, counted in MLP-wide rows
@@ -24,17 +25,23 @@ class TextLayout:
     pass_tokens: int
     """Tokens whose hidden states and taps are held while the layers go by."""
 
-    def in_words(self, spec: TextSpec, bits: int) -> str:
-        """One line for the log."""
+    def in_words(self, spec: TextSpec, weights: str) -> str:
+        """One line for the log; `weights` says how they are kept."""
         how = f"streamed, {self.pass_tokens} tokens a pass" if self.streamed else "resident"
-        return f"{spec.taps[-1]} of {spec.layers} layers, {bits} bit, {how}"
+        return f"{spec.taps[-1]} of {spec.layers} layers, {weights}, {how}"
 
 
-def text_layout(spec: TextSpec, options: EncodeOptions, budget_bytes: int) -> TextLayout:
-    """The layout that `encode.stream` and the budget ask for; InputError says the smallest budget that works."""
+def text_layout(
+    spec: TextSpec, options: EncodeOptions, budget_bytes: int, packed_source: Tensors | None = None
+) -> TextLayout:
+    """The layout that `encode.stream` and the budget ask for; InputError says the smallest budget that works.
+
+    `packed_source` are the tensors of an encoder that is packed on disk and stays so.
+    """
     item = 4 if options.bits == 32 else 2
-    one = layer_bytes(spec, options.bits)
-    one_read = one + layer_bytes(spec, 16) if options.bits < 16 else one  # quantized from the full layer
+    one = layer_bytes(spec, options.bits, packed_source)
+    quantized_here = options.bits < 16 and packed_source is None
+    one_read = one + layer_bytes(spec, 16) if quantized_here else one  # quantized from the full layer
     # A batch computes the MLP's two halves and their product; a whole-context caption also its attention scores.
     scratch = options.batch_tokens * item * (_SCRATCH_ROWS * spec.mlp_width + 4 * spec.hidden)
     of_token = item * spec.hidden * (len(spec.taps) + 1)  # hidden states and taps

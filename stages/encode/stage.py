@@ -21,9 +21,9 @@ from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
 from flux2_relay.stages import identity, measure, names, vae
-from flux2_relay.stages.encode import images
+from flux2_relay.stages.encode import images, packed
 from flux2_relay.stages.encode.dataset import Sample
-from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
+from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import (
     LatentsIdentity,
     LatentsWant,
@@ -126,6 +126,12 @@ def identities(
     if not identity.is_remembered(tensors):
         size = sum(info.end - info.start for info in tensors.info.values())
         job.say(f"hashing {measure.in_words(size)} of text encoder weights (once on this machine)")
+    if packing := packed.summary(encoder_packings(tensors, text_spec)):
+        compute = "float32" if job.encode.bits == 32 else "bfloat16"
+        job.say(
+            f"{tensors.source}: is packed already ({packing.in_words()}) and stays so; of encode.bits "
+            f"{job.encode.bits} only the arithmetic follows, {compute}"
+        )
     text = TextIdentity(
         encoder=encoder_identity(tensors, text_spec),
         tokenizer=tokenizer.file_sha256,
@@ -133,6 +139,7 @@ def identities(
         taps=text_spec.taps,
         length=text_spec.length,
         bits=job.encode.bits,
+        packing=packing,
         dtype=job.text_dtype,
         shares_rows=tokenizer.shares_rows,
     )
@@ -170,11 +177,14 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
 def _encode_text(
     job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: Mapping[str, Mapping[str, object]]
 ) -> None:
-    layout = text_layout(spec, job.encode, job.budget_bytes)
+    tensors = open_encoder(job.folders.text_encoder, spec)
+    packing = packed.summary(encoder_packings(tensors, spec))
+    layout = text_layout(spec, job.encode, job.budget_bytes, tensors if packing else None)
     encoder = load_text_encoder(
         job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer, layout.streamed
     )
-    say_loaded(f"text encoder ({layout.in_words(spec, job.encode.bits)})", job.say)
+    weights = packing.in_words() if packing else f"{job.encode.bits} bit"
+    say_loaded(f"text encoder ({layout.in_words(spec, weights)})", job.say)
     captions = [str(key["caption"]) for key in wants.values() if key["caption"] is not None]
     by_caption = {key["caption"]: key for key in wants.values()}
     shared = {str(key["rows"]): key for key in wants.values() if key["caption"] is None}

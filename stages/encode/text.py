@@ -24,9 +24,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flux2_relay.stages import folders
 from flux2_relay.stages.context import assemble
 from flux2_relay.stages.encode import encoder_weights, sequences
-from flux2_relay.stages.encode.layers import StreamedLayers, resident_layers
+from flux2_relay.stages.encode.layers import StreamedLayers, compute_dtype, resident_layers
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
@@ -163,10 +164,10 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder of `model_dir` (or of `folder`, with a tokenizer), layers up to the last tap, at `bits`.
 
-    Computes in float32 at 32 bits, else in bfloat16. `streamed` reads the layers anew in each pass instead of holding
-    them. InputError lists tensors that do not fit.
+    Computes in float32 at 32 bits, else in bfloat16. An encoder that is packed on disk keeps its own bits. `streamed`
+    reads the layers anew in each pass instead of holding them. InputError lists tensors that do not fit.
     """
-    tokenizer = tokenizer or load_tokenizer(Path(model_dir).expanduser() / "tokenizer", spec)
-    tensors = encoder_weights.open_encoder(folder or Path(model_dir).expanduser() / "text_encoder", spec)
+    tokenizer = tokenizer or load_tokenizer(folders.find(str(model_dir)).tokenizer, spec)
+    tensors = encoder_weights.open_encoder(folder or folders.find(str(model_dir)).text_encoder, spec)
     layers = StreamedLayers(tensors, spec, bits) if streamed else resident_layers(tensors, spec, bits)
-    return TextEncoder(spec, tokenizer, tensors, layers, mx.float32 if bits == 32 else mx.bfloat16)
+    return TextEncoder(spec, tokenizer, tensors, layers, compute_dtype(bits))
