@@ -16,12 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux2_relay.stages.quantize import Weight, dense, product
+from flux2_relay.stages.train.dropout import dropped
 from flux2_relay.stages.train.embeddings import Rotary
 
 Weights = Mapping[str, Weight]
 """The weights of one block (or of the parts outside the blocks) by name."""
-Adapter = tuple[mx.array, mx.array, mx.array]
-"""A [r, in], B [out, r], scale [], all float32."""
+Adapter = tuple[mx.array, ...]
+"""A [r, in], B [out, r], scale [], all float32; under dropout also `keys` [B, 2] and `keep` [] of `dropout.py`."""
 Adapters = Mapping[str, Adapter]
 """Linear's name inside its block -> adapter; absent where a linear has none."""
 Linear = tuple[Weight, Adapter | tuple[()]]
@@ -57,8 +58,8 @@ def linear(x: mx.array, layer: Linear) -> mx.array:
     weight, adapter = layer
     if not adapter:
         return product(x, weight)
-    a, b, scale = adapter
-    low = (x @ a.astype(x.dtype).T) * scale.astype(x.dtype)
+    a, b, scale, *dropping = adapter
+    low = (dropped([x], dropping)[0] @ a.astype(x.dtype).T) * scale.astype(x.dtype)
     return mx.addmm(low @ b.astype(x.dtype).T, x, dense(weight, x.shape[-1], x.dtype).T)
 
 
