@@ -29,6 +29,7 @@ from flux2_relay.stages.train.blocks import (
     Sizes,
     split,
 )
+from flux2_relay.stages.train.dropout import dropped
 from flux2_relay.stages.train.embeddings import Rotary
 
 Factors = tuple[mx.array, mx.array]
@@ -45,7 +46,7 @@ def cut(array: mx.array, like: Sequence[mx.array], axis: int) -> list[mx.array]:
 
 def low_cotangent(cotangents: Sequence[mx.array], adapter: Adapter) -> mx.array:
     """The cotangent [..., r] of Ax, from the pieces of the output's."""
-    _, b, scale = adapter
+    b, scale = adapter[1:3]
     dtype = cotangents[0].dtype
     pairs = zip(cotangents, cut(b.astype(dtype), cotangents, axis=0), strict=True)
     total = None
@@ -60,7 +61,9 @@ def through_linear(cotangents: Sequence[mx.array], layer: Linear, columns: int) 
     weight, adapter = layer
     dtype = cotangents[0].dtype
     low = low_cotangent(cotangents, adapter) if adapter else None
-    total = low @ adapter[0].astype(dtype) if adapter and low is not None else None
+    total = None
+    if adapter and low is not None:
+        total = dropped([low @ adapter[0].astype(dtype)], adapter[3:])[0]
     for piece, rows in zip(cotangents, cut(dense(weight, columns, dtype), cotangents, axis=0), strict=True):
         total = piece @ rows if total is None else mx.addmm(total, piece, rows)
     assert total is not None
@@ -69,8 +72,8 @@ def through_linear(cotangents: Sequence[mx.array], layer: Linear, columns: int) 
 
 def factors(inputs: Sequence[mx.array], cotangents: Sequence[mx.array], low: mx.array, adapter: Adapter) -> Factors:
     """Gradients of an adapter, from the pieces of its linear's input and of the output's cotangent, and that of Ax."""
-    a, _, scale = adapter
-    dtype, rank = low.dtype, a.shape[0]
+    a, _, scale, *dropping = adapter
+    dtype, rank, inputs = low.dtype, a.shape[0], dropped(inputs, dropping)
     flat_low = low.reshape(-1, rank)
     of_a = [flat_low.T @ _flat(x) for x in inputs]
     down = None

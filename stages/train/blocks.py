@@ -60,7 +60,13 @@ def linear(x: mx.array, layer: Linear) -> mx.array:
         return product(x, weight)
     a, b, scale, *dropping = adapter
     low = (dropped([x], dropping)[0] @ a.astype(x.dtype).T) * scale.astype(x.dtype)
-    return mx.addmm(low @ b.astype(x.dtype).T, x, dense(weight, x.shape[-1], x.dtype).T)
+    low, rows = _as_rows(low), _as_rows(x)  # one matrix each, so that B = 0 gives the bits of the base alone
+    total = mx.addmm(low @ b.astype(x.dtype).T, rows, dense(weight, x.shape[-1], x.dtype).T)
+    return total.reshape(*x.shape[:-1], -1)
+
+
+def _as_rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:

@@ -163,8 +163,10 @@ class _Run:
             of_pass = [self._draw(loaded.step, d, batch) for d in draws]
             sigma = mx.array([sigma for sigma, _ in of_pass], mx.float32)
             noise = mx.stack([noise for _, noise in of_pass])
+            places = [drawn.place for drawn in draws]
+            dropping = lora.with_dropout(self.transformer, self.job.lora.dropout, self.job.seed, loaded.step, places)
             loss, gradients = loss_and_gradients(
-                self.transformer, batch, sigma, noise, self._guidance(len(draws)), self.job.train
+                dropping, batch, sigma, noise, self._guidance(len(draws)), self.job.train
             )
             sums = {name: sums[name] + value if sums else value for name, value in gradients.items()}
             mx.eval(loss, sums)

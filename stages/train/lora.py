@@ -5,19 +5,20 @@ y = Wx + (alpha / rank) B(Ax), A [rank, in], B [out, rank], both float32 whateve
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import randomness
+from flux2_relay.stages.train import dropout, randomness
 from flux2_relay.stages.train.options import LoraOptions
 from flux2_relay.stages.train.transformer import Transformer, block_linears
 from flux2_relay.stages.weights import listing
 
-__all__ = ["LoraOptions", "attach", "load", "parameters", "targets"]
+__all__ = ["LoraOptions", "attach", "load", "parameters", "targets", "with_dropout"]
 
 
 def targets(spec: TransformerSpec, options: LoraOptions) -> dict[str, tuple[int, int]]:
@@ -97,3 +98,18 @@ def load(transformer: Transformer, values: Mapping[str, mx.array]) -> None:
         path: (values[f"{path}.lora_A.weight"], values[f"{path}.lora_B.weight"], scale)
         for path, (_, _, scale) in transformer.adapters.items()
     }
+
+
+def with_dropout(transformer: Transformer, share: float, seed: int, step: int, places: Sequence[int]) -> Transformer:
+    """The same transformer for one pass of training, which drops `share` of the input of each adapter.
+
+    `places` are those of the pass's items in the step's whole batch. Previews and validation use the transformer as it
+    was, which drops nothing.
+    """
+    if not share:
+        return transformer
+    keep = mx.array(1 - share, mx.float32)
+    adapters = {
+        path: (*adapter, dropout.keys(seed, step, places, path), keep) for path, adapter in transformer.adapters.items()
+    }
+    return replace(transformer, adapters=adapters)

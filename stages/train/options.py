@@ -38,7 +38,7 @@ class LoraOptions:
     ranks: Mapping[str, int] = field(default_factory=dict, metadata={"min": 1})
     """Another rank for the target modules that match a pattern."""
 
-    dropout: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0, "supported": (0.0,)})
+    dropout: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
     """Share of the adapter's input that is zeroed at random in training."""
 
     init: str | None = field(default=None, metadata={"supported": (None,)})
