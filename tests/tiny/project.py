@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from tiny import model
@@ -68,7 +69,7 @@ class Project:
         """A command on this config."""
         return relay(command, "-c", self.config, *arguments)
 
-    def metrics(self, *keys: str) -> list[list[object]]:
+    def metrics(self, *keys: str) -> list[list[Any]]:
         """These columns of the run's metrics."""
         lines = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
         return [[line[key] for key in keys] for line in lines]

@@ -96,7 +96,7 @@ def test_the_loss_is_weighted(dev: Path, of: Callable, weighting) -> None:
     case = case_for(model)
     expected_loss, expected = whole(model, case, options)
     loss, gradients = loss_and_gradients(
-        model, ours.batch(case), *ours.tensors(case, "sigma", "noise", "guidance"), options
+        model, ours.batch(case), *ours.tensors(case, "sigma", "noise", "guidance"), options=options
     )
     assert float(loss) == pytest.approx(expected_loss, rel=1e-6)
     assert_all_near(ours.numpy(gradients), expected, 1e-5)
