@@ -19,7 +19,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editabl
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo encode train test check oracle bench clean
+.PHONY: help setup demo encode train test check oracle bench torture clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ oracle: .venv/oracle ## Compare with diffusers, transformers and peft (installs 
 
 bench: .venv ## Measure speed and memory on this machine
 	@for script in tests/bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+torture: .venv ## Kill encode N times (200) at random moments; nothing acknowledged may be lost
+	$(BIN)/python tests/faults/torture.py $(or $(N),200)
 
 clean: ## Remove what the other targets made, .venv included; stores and runs stay
 	rm -rf .venv .types build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

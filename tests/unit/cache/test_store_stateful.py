@@ -2,20 +2,28 @@
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from tiny.failing import FailingOs
 
 from flux2_relay import cache
+from flux2_relay.cache import durable
 from flux2_relay.cache.audit import gc, verify
 from flux2_relay.cache.keys import key_of
 
 KIND = st.sampled_from(["text", "masks"])
 SMALL = st.integers(0, 3)
 DTYPE = st.sampled_from(["float16", "float32"])
+
+
+class Died(BaseException):
+    """The end of the process."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -46,6 +54,41 @@ class StoreMachine(RuleBasedStateMachine):
         array = np.full((number + 1, 2), fill, dtype)
         key = self.store.publish(kind, {"number": number}, array, {"fill": float(fill)})
         self.arrays.setdefault((kind, key), array)
+
+    @rule(kind=KIND, number=SMALL, at=st.integers(0, 20), act=st.sampled_from(["publish", "remove", "set", "gc"]))
+    def crash(self, kind, number, at, act):
+        """The process dies at a call of the file system: nothing after it happens, no cleaning up either."""
+        key_object, array = {"number": number}, np.full((number + 1, 2), 7, np.float32)
+        key, before = key_of(key_object), self.store.keys(kind)
+        body = {"name": "c", "samples": [{"text": [key]}]}
+        acts = {
+            "publish": lambda: self.store.publish(kind, key_object, array, {}),
+            "remove": lambda: self.store.remove(kind, key) if key in before else None,
+            "set": lambda: self.store.publish_set(body, {"at": "1"}),
+            "gc": lambda: gc(self.store, now=0),
+        }
+        with (
+            mock.patch.object(durable, "os", FailingOs(at, Died(), from_then_on=True)),
+            mock.patch.object(durable.shutil, "rmtree", side_effect=Died()),
+            suppress(Died),
+        ):
+            acts[act]()
+        there = {(of, name) for of in ("text", "masks", "latents") for name in self.store.keys(of)}
+        if act == "publish" and (kind, key) in there:
+            self.arrays.setdefault((kind, key), array)
+        if act == "set" and key_of(body) in self.store.set_keys():
+            self.pins[key_of(body)] = {key}
+        if act in ("remove", "gc"):
+            self._check_only_these_went(there, {(kind, key)} if act == "remove" else self._garbage())
+        assert verify(self.store).faults == ()
+
+    def _check_only_these_went(self, there, allowed):
+        assert self.arrays.keys() - there <= allowed
+        self.arrays = {name: array for name, array in self.arrays.items() if name in there}
+
+    def _garbage(self):
+        pinned = set().union(*self.pins.values())
+        return {name for name in self.arrays if name[1] not in pinned}
 
     @rule(kind=KIND, number=SMALL)
     def remove(self, kind, number):
