@@ -12,6 +12,7 @@ import mlx.optimizers as optimizers
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.train.options import TrainOptions
+from flux2_relay.stages.train.prodigy import Prodigy
 
 Parameters = dict[str, mx.array]
 _MARK = "|"  # between a parameter's name and the name of its moment; no tensor name has it
@@ -60,11 +61,26 @@ class Optimizer:
         self._rule.state = nested
 
 
-def _rule(options: TrainOptions) -> optimizers.Optimizer:
+def _rule(options: TrainOptions) -> optimizers.Optimizer | Prodigy:
     betas, decay = list(options.betas), options.weight_decay
-    if options.optimizer == "lion":
-        return optimizers.Lion(options.lr, betas=betas, weight_decay=decay)
+    match options.optimizer:
+        case "lion":
+            return optimizers.Lion(options.lr, betas=betas, weight_decay=decay)
+        case "adafactor":  # left to itself MLX's would ignore the learning rate, or multiply it by the weights' size
+            return optimizers.Adafactor(options.lr, weight_decay=decay, relative_step=False, scale_parameter=False)
+        case "prodigy":
+            return Prodigy(options.betas, options.eps, decay)
     return optimizers.AdamW(options.lr, betas=betas, eps=options.eps, weight_decay=decay, bias_correction=True)
+
+
+def advice(options: TrainOptions) -> str | None:
+    """A sentence about a learning rate that this rule can hardly be meant to have."""
+    if options.optimizer == "prodigy" and options.lr < 0.1:
+        return (
+            f"train.lr is {options.lr:g}: prodigy finds the step size itself and only multiplies it by train.lr, "
+            "which is 1 as a rule"
+        )
+    return None
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:

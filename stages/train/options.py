@@ -72,16 +72,14 @@ class TrainOptions:
     warmup: int = field(default=0, metadata={"min": 0})
     """Steps over which the learning rate rises from zero."""
 
-    optimizer: Literal["adamw", "adafactor", "lion", "prodigy"] = field(
-        default="adamw", metadata={"supported": ("adamw", "lion")}
-    )
-    """The update rule; `adamw` is bias-corrected."""
+    optimizer: Literal["adamw", "adafactor", "lion", "prodigy"] = "adamw"
+    """The update rule; `adamw` is bias-corrected, `prodigy` finds its step size and takes `lr` 1."""
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"min": 0.0, "below": 1.0})
-    """Decay of the running mean of the gradients, and of their squares."""
+    """Decay of the running mean of the gradients, and of their squares; `adafactor` has decays of its own."""
 
     eps: float = field(default=1e-8, metadata={"above": 0.0})
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update of `adamw` and `prodigy`."""
 
     weight_decay: float = field(default=0.01, metadata={"min": 0.0})
     """Decoupled decay of the adapter's weights."""

@@ -11,6 +11,7 @@ from flux2_relay.stages.train import optimizer
 from flux2_relay.stages.train.optimizer import Optimizer, learning_rate
 from flux2_relay.stages.train.options import TrainOptions
 
+RULES = ["adamw", "adafactor", "lion", "prodigy"]
 START = {"x.lora_A.weight": mx.array([[1.0, -2.0, 3.0]]), "x.lora_B.weight": mx.array([[0.5], [0.0]])}
 
 
@@ -63,9 +64,105 @@ def test_lion_moves_by_the_sign() -> None:
     np.testing.assert_allclose(np.array(START[name] - values[name]), 0.25 * np.sign(np.array(gradients(0)[name])))
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion"])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_adafactor_moves_by_the_learning_rate_alone(size: float) -> None:
+    """Whatever the size of the weights, and of gradients; the root mean square of an update is at most one rate."""
+    start = {name: size * value for name, value in START.items()}
+    for rate in (0.25, 0.5):
+        values, _ = run(TrainOptions(optimizer="adafactor", lr=rate, weight_decay=0.0), 0, 1, start)
+        for name, value in values.items():
+            moved = np.array(start[name] - value)
+            assert 0.3 * rate < np.sqrt((moved**2).mean()) <= 1.0001 * rate
+            assert (np.sign(moved) == np.sign(np.array(gradients(0)[name]))).all()
+
+
+def test_adafactor_decays_the_weights() -> None:
+    both = [run(TrainOptions(optimizer="adafactor", lr=0.25, weight_decay=w), 0, 1, START)[0] for w in (0.0, 0.1)]
+    for name, value in START.items():
+        np.testing.assert_allclose(
+            np.array(both[0][name] - both[1][name]), 0.025 * np.array(value), rtol=1e-4, atol=1e-6
+        )
+
+
+NEAR = {name: 1e-3 * value for name, value in START.items()}
+"""So small that float32 holds steps of 1e-6."""
+
+
+def prodigy(options: TrainOptions, steps: int) -> tuple[dict[str, np.ndarray], float]:
+    """Mishchenko and Defazio's algorithm 4 in float64, with all parameters in one vector."""
+    names, shapes = list(START), [value.shape for value in START.values()]
+
+    def flat(values: dict) -> np.ndarray:
+        return np.concatenate([np.array(values[name], np.float64).ravel() for name in names])
+
+    x = start = flat(NEAR)
+    (beta1, beta2), d, r, m, v, s = options.betas, 1e-6, 0.0, 0.0, 0.0, 0.0
+    for step in range(steps):
+        g, q = flat(gradients(step)), np.sqrt(beta2)
+        r = q * r + (1 - q) * options.lr * d**2 * (g @ (start - x))
+        s = q * s + (1 - q) * options.lr * d**2 * g
+        m = beta1 * m + (1 - beta1) * d * g
+        v = beta2 * v + (1 - beta2) * d**2 * g**2
+        x = x * (1 - options.lr * d * options.weight_decay) - options.lr * d * m / (np.sqrt(v) + d * options.eps)
+        d = max(d, r / np.abs(s).sum())
+    cuts = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
+    return {n: part.reshape(shape) for n, part, shape in zip(names, np.split(x, cuts), shapes, strict=True)}, d
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_prodigy_is_the_published_algorithm(decay: float) -> None:
+    options = TrainOptions(optimizer="prodigy", lr=1.0, weight_decay=decay, betas=(0.8, 0.95))
+    values, rule = run(options, 0, 40, NEAR)
+    expected, d = prodigy(options, 40)
+    assert rule.state()["d"].item() == pytest.approx(d, rel=1e-3)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            np.array(values[name] - NEAR[name]), value - np.array(NEAR[name], np.float64), rtol=2e-3, atol=1e-9
+        )
+
+
+def test_prodigy_finds_the_distance_by_itself() -> None:
+    """On |x - 10|: from 1e-6 its estimate grows to the order of the distance, and x comes near."""
+    options = TrainOptions(optimizer="prodigy", lr=1.0, weight_decay=0.0, betas=(0.9, 0.99))
+    values = {"x": mx.zeros((2, 2))}
+    rule = Optimizer(options, values)
+    for step in range(200):
+        values = rule.update(values, {"x": mx.sign(values["x"] - 10.0)}, step)
+    assert 2 < rule.state()["d"].item() < 20
+    assert mx.abs(values["x"] - 10).max().item() < 4
+
+
+def test_prodigy_waits_for_a_gradient() -> None:
+    rule = Optimizer(TrainOptions(optimizer="prodigy", lr=1.0, weight_decay=0.0), START)
+    values = rule.update(START, {name: mx.zeros_like(value) for name, value in START.items()}, 0)
+    assert all(mx.array_equal(values[name], START[name]) for name in START)
+    assert rule.state()["d"].item() == pytest.approx(1e-6)
+
+
+def test_a_learning_rate_that_is_no_factor_is_spoken_of() -> None:
+    assert "train.lr is 0.0001" in str(optimizer.advice(TrainOptions(optimizer="prodigy")))
+    assert optimizer.advice(TrainOptions(optimizer="prodigy", lr=1.0)) is None
+    assert optimizer.advice(TrainOptions()) is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_goes_down_on_a_quadratic(rule) -> None:
+    options = TrainOptions(optimizer=rule, lr=1.0 if rule == "prodigy" else 0.02, weight_decay=0.0)
+    values = START
+    update = Optimizer(options, values)
+
+    def size() -> float:
+        return sum(mx.sum(mx.square(value)).item() for value in values.values())
+
+    before = size()
+    for step in range(150):
+        values = update.update(values, {name: 2 * value for name, value in values.items()}, step)
+    assert size() < 0.3 * before
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_restored_state_goes_on_bit_for_bit(rule) -> None:
-    options = TrainOptions(optimizer=rule, lr=0.05, schedule="cosine", steps=6)
+    options = TrainOptions(optimizer=rule, lr=0.05 if rule != "prodigy" else 1.0, schedule="cosine", steps=6)
     whole, _ = run(options, 0, 6, START)
     half, before = run(options, 0, 3, START)
     state = {name: mx.array(np.array(value)) for name, value in before.state().items()}
