@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_contract_names(trained: Project) -> None:
 
 
 def test_training_moves_the_loss_down(encoded: Callable[..., Project]) -> None:
-    project = encoded(train={"steps": 40, "lr": 0.02}, previews={"every": 0}, save={"every": 40})
+    project = encoded(train={"steps": 30, "lr": 0.02}, previews={"every": 0}, save={"every": 30})
     assert project.relay("train").status == 0
     losses = [loss for (loss,) in project.metrics("loss")]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])

@@ -50,6 +50,8 @@ class Straight:
 
     guidance: bool
     asked: list = field(default_factory=list)
+    pieces: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(settle=lambda: None))
+    run: object = None
 
     @property
     def spec(self):
