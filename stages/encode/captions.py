@@ -19,6 +19,7 @@ from flux2_relay.cache.errors import InputError
 Mode = Literal["whole", "lines"]
 PLACEHOLDER = "[trigger]"
 METADATA, CAPTIONS = "metadata.jsonl", "captions.json"
+_CONTROL_KEY = re.compile(r"control_path(?:_(\d+))?")
 _NAME_KEYS, _TEXT_KEYS = ("file_name", "image_path"), ("text", "caption", "prompt")
 
 
@@ -57,12 +58,13 @@ def read_text(path: Path) -> str:
 class Listing:
     """What files such as metadata.jsonl say of the images below ``root``, and what is wrong in them.
 
-    ``texts``: image -> [(where it is said, captions)]. An image is named by its path below ``root``, with "/"
-    and composed letters.
+    ``texts``: image -> [(where it is said, captions)]; ``references``: image -> reference images. An image is named
+    by its path below ``root``, with "/" and composed letters.
     """
 
     root: Path
     texts: dict[str, list[tuple[str, list[str]]]] = field(default_factory=dict)
+    references: dict[str, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def read_jsonl(self, path: Path) -> None:
@@ -97,10 +99,25 @@ class Listing:
         texts = next((row[key] for key in _TEXT_KEYS if key in row), None)
         if not isinstance(name, str):
             self.faults.append(f"{where}: names no image; give it under 'file_name'")
-        elif any(str(key).startswith("control_path") for key in row):
-            self.faults.append(f"{where}: names a control image, and reference images are not supported yet")
         else:
             self._add(name, texts, folder, where)
+            self._add_references(name, row, folder, where)
+
+    def _add_references(self, name: str, row: Mapping[str, object], folder: Path, where: str) -> None:
+        """Note `control_path`, or `control_path_0` and so on in the order of their numbers."""
+        numbers = {int(found[1] or -1): key for key in row if (found := _CONTROL_KEY.fullmatch(key))}
+        image, found = _below(folder / name, self.root), []
+        for key in (numbers[n] for n in sorted(numbers)):
+            value = row[key]
+            path = _below(folder / value, self.root) if isinstance(value, str) and is_unicode(value) else None
+            if path is None:
+                self.faults.append(f"{where}: {key} must be the path of an image inside {self.root}, found {value!r}")
+            elif not (self.root / path).is_file():
+                self.faults.append(f"{where}: there is no reference image {value}; correct {key}")
+            else:
+                found.append(path)
+        if found and image and self.references.setdefault(image, found) != found:
+            self.faults.append(f"{where}: {name} has other references in another line; keep one")
 
     def _add(self, name: str, texts: object, folder: Path, where: str) -> None:
         """Note the texts of one image after checking both."""

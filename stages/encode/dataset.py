@@ -4,9 +4,8 @@ Imports nothing heavy, so that a config can be checked without MLX. No picture i
 with names, captions and listings is found for all folders at once, before a model is loaded.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +21,8 @@ from flux2_relay.stages.encode.captions import (
     is_unicode,
     read_text,
 )
+from flux2_relay.stages.encode.companions import ALPHA, IMAGE_TYPES, Companions, is_image, labels, walk
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 _OTHER_TYPES = (
     ".heic",
     ".heif",
@@ -67,13 +66,13 @@ class DataOptions:
     background: str = "white"
     """The colour that transparent pixels are laid on: a name, or #rrggbb."""
 
-    masks: str | None = field(default=None, metadata={"supported": (None,)})
+    masks: str | None = None
     """A folder of masks (white is trained on), or `alpha`."""
 
-    references: tuple[str, ...] = field(default=(), metadata={"supported": ((),)})
+    references: tuple[str, ...] = ()
     """Folders of reference images with the same base names, for edit training."""
 
-    prior: bool = field(default=False, metadata={"supported": (False,)})
+    prior: bool = False
     """These are regularisation images, weighted by `train.prior_weight`."""
 
     def __post_init__(self) -> None:
@@ -107,6 +106,12 @@ class Sample:
     captions: tuple[str, ...]
     options: DataOptions
 
+    mask: Path | None = None
+    """A picture of the same shape, white where it is trained on; with `masks: alpha` the image is its own."""
+
+    references: tuple[Path, ...] = ()
+    """What the model sees besides the caption."""
+
 
 def read_samples(data: Sequence[DataOptions]) -> tuple[Sample, ...]:
     """Every sample, folder by folder, sorted by name; one InputError says all that is wrong."""
@@ -115,11 +120,8 @@ def read_samples(data: Sequence[DataOptions]) -> tuple[Sample, ...]:
     for index, options in enumerate(data):
         folder = _Folder(options, "data" if len(data) == 1 else f"data.{index}")
         prefix = "" if len(data) == 1 else f"{index}/"
-        samples += [
-            Sample(id=prefix + name, image=image, captions=captions, options=options)
-            for name, image, captions in folder.read()
-        ]
-        faults += folder.faults
+        samples += [replace(sample, id=prefix + sample.id) for sample in folder.read()]
+        faults += folder.faults + folder.companions.finish()
     if faults:
         raise InputError("\n".join(faults))
     return tuple(samples)
@@ -131,20 +133,20 @@ class _Folder:
     def __init__(self, options: DataOptions, key: str) -> None:
         self.options, self.key = options, key
         self.path = Path(options.path).expanduser()
-        self.faults = [f"{key}.{name}: not supported yet; leave it out" for name in _unsupported(options)]
+        self.faults: list[str] = []
+        self.companions = Companions(key, options.masks, options.references)
 
-    def read(self) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-        """Name, file and captions of each image."""
-        before = len(self.faults)
+    def read(self) -> Iterator[Sample]:
+        """Each image with its captions, its mask and its references."""
         if self.path.suffix.lower() == ".jsonl" and self.path.is_file():
             listing = Listing(self.path.parent)
             listing.read_jsonl(self.path)
             files = {name: listing.root / name for name in sorted(listing.texts)}
-            images = {name: file for name, file in files.items() if _is_image(file) and file.is_file()}
+            images = {name: file for name, file in files.items() if is_image(file) and file.is_file()}
         elif self.path.is_dir():
             listing = Listing(self.path)
             files = self.walk(listing)
-            images = {name: file for name, file in files.items() if _is_image(file)}
+            images = self.pictures(files, listing)
             self.note_types(files)
         else:
             what = "is neither a folder nor a .jsonl file" if self.path.exists() else "does not exist"
@@ -152,16 +154,25 @@ class _Folder:
             return
         self.faults += listing.faults
         self.faults += listing.check_names(images, IMAGE_TYPES)
-        if not images and len(self.faults) == before:
+        if not images and not self.faults:
             types = ", ".join(suffix[1:] for suffix in IMAGE_TYPES)
             self.faults.append(f"{self.key}.path: {self.path} holds no images; put some there ({types})")
         yield from self.samples(images, listing)
+
+    def pictures(self, files: dict[str, Path], listing: Listing) -> dict[str, Path]:
+        """The images to train on: not those that a listing calls references, not masks beside their pictures."""
+        images = {name: file for name, file in files.items() if is_image(file)}
+        masks = labels(images)
+        if masks and self.options.masks in (None, ALPHA):
+            self.faults.append(f"{self.key}.masks: name the folder of these masks here:{_lines(sorted(masks))}")
+        others = masks | {name for names in listing.references.values() for name in names}
+        return {name: file for name, file in images.items() if name not in others}
 
     def walk(self, listing: Listing) -> dict[str, Path]:
         """Every visible file by name, sorted; listings met on the way are read."""
         files = {}
         try:
-            for file in _walk(self.path, ()):
+            for file in walk(self.path, self.companions.folders):
                 files[composed(file.relative_to(self.path).as_posix())] = file
         except OSError as error:
             self.faults.append(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
@@ -178,8 +189,8 @@ class _Folder:
             if file.suffix.lower() in _OTHER_TYPES and _caption_file(file):
                 self.faults.append(f"{self.path}: {name} is of a type that is not read; convert it to PNG")
 
-    def samples(self, images: dict[str, Path], listing: Listing) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-        """Pair each image with its captions; those without are named together."""
+    def samples(self, images: dict[str, Path], listing: Listing) -> Iterator[Sample]:
+        """Pair each image with its captions and companions; those without captions are named together."""
         missing, unfilled = [], []
         for name, file in images.items():
             if not file.is_file() or not is_unicode(name):
@@ -191,7 +202,15 @@ class _Folder:
             elif self.options.trigger is None and any(PLACEHOLDER in caption for caption in captions):
                 unfilled.append(name)
             elif captions:
-                yield name, file, captions
+                listed = [listing.root / reference for reference in listing.references.get(name, ())]
+                yield Sample(
+                    id=name,
+                    image=file,
+                    captions=captions,
+                    options=self.options,
+                    mask=self.companions.mask(name, file),
+                    references=self.companions.references(name, file, listed),
+                )
         if missing:
             self.faults.append(self.missing_captions(missing))
         if unfilled:
@@ -231,33 +250,6 @@ class _Folder:
             f"(an empty file trains it without words), list it in {METADATA} or {CAPTIONS}, or take it out; "
             f"without a caption:{_lines(names)}"
         )
-
-
-def _unsupported(options: DataOptions) -> list[str]:
-    """The options that are declared but may not be changed yet."""
-    return [
-        f.name
-        for f in dataclasses.fields(options)
-        if "supported" in f.metadata and getattr(options, f.name) not in f.metadata["supported"]
-    ]
-
-
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Every file below a folder, sorted, hidden ones skipped; links are followed, never in a circle."""
-    here = folder.resolve()
-    if here in above:
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, (*above, here))
-        else:
-            yield path
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_TYPES
 
 
 def _caption_file(image: Path) -> Path | None:

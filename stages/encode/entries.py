@@ -6,12 +6,15 @@ the weights.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from math import isqrt
 from pathlib import Path
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.cache.keys import key_of
 from flux2_relay.stages import identity
-from flux2_relay.stages.encode import images
+from flux2_relay.stages.encode import images, masks
+from flux2_relay.stages.encode.companions import ALPHA
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.images import Placement
 from flux2_relay.stages.encode.layers import GROUP
@@ -71,6 +74,16 @@ class LatentsWant:
     background: str
 
 
+@dataclass(frozen=True, slots=True)
+class MaskWant:
+    """The mask of one picture in one bucket, to be read from `image`."""
+
+    key: Mapping[str, object]
+    image: Path
+    placement: Placement
+    channel: masks.Channel
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One preview prompt, as far as stage one is concerned."""
@@ -79,6 +92,7 @@ class Prompt:
     negative: str
     size: tuple[int, int]
     seed: int
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(slots=True)
@@ -87,6 +101,7 @@ class Wanted:
 
     text: dict[str, Mapping[str, object]] = field(default_factory=dict)
     latents: dict[str, LatentsWant] = field(default_factory=dict)
+    masks: dict[str, MaskWant] = field(default_factory=dict)
     shared: dict[str, str | None] = field(default_factory=dict)
     samples: list[dict[str, object]] = field(default_factory=list)
     prompts: list[dict[str, object]] = field(default_factory=list)
@@ -101,6 +116,12 @@ class Wanted:
         """Want the latents of a picture -> their key."""
         key = key_of(want.key)
         self.latents[key] = want
+        return key
+
+    def add_mask(self, want: MaskWant) -> str:
+        """Want a mask -> its key."""
+        key = key_of(want.key)
+        self.masks[key] = want
         return key
 
 
@@ -124,49 +145,94 @@ def wanted(
     faults = []
     for sample in samples:
         try:
-            of_sample = [want.add_latents(w) for w in _latents_of(sample, latents, seed)]
+            of_sample = _latents_of(sample, latents, seed, want)
         except InputError as error:
             faults.append(str(error))
             continue
-        want.samples.append(_sample(sample, [want.add_text(text.key(c)) for c in sample.captions], of_sample, want))
+        texts = [want.add_text(text.key(caption)) for caption in sample.captions]
+        options = sample.options
+        want.samples.append(
+            {"id": sample.id, "text": texts, "latents": of_sample, "repeats": options.repeats, "prior": options.prior}
+        )
+    for prompt in prompts:
+        try:
+            references = [want.add_latents(w) for w in _prompt_references(prompt, latents)]
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        keys = {"text": want.add_text(text.key(prompt.text)), "negative": want.add_text(text.key(prompt.negative))}
+        want.prompts.append({**keys, "references": references, "size": list(prompt.size), "seed": prompt.seed})
     if faults:
         raise InputError(listing("these pictures cannot be used:", faults))
-    for prompt in prompts:
-        want.prompts.append(
-            {
-                "text": want.add_text(text.key(prompt.text)),
-                "negative": want.add_text(text.key(prompt.negative)),
-                "references": [],
-                "size": list(prompt.size),
-                "seed": prompt.seed,
-            }
-        )
     return want
 
 
-def _latents_of(sample: Sample, latents: LatentsIdentity, seed: int) -> list[LatentsWant]:
-    """One want for each resolution, and a second for its mirror image where `flip` says so."""
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """An image file as the keys see it: header and sha256 of the bytes."""
+
+    path: Path
+    header: images.Header
+    source: str
+
+    @property
+    def size(self) -> images.Size:
+        return self.header.width, self.header.height
+
+
+def _picture(path: Path) -> _Picture:
+    return _Picture(path, images.read_header(path), identity.file_sha256(path))
+
+
+def _latents_of(sample: Sample, latents: LatentsIdentity, seed: int, want: Wanted) -> list[dict[str, object]]:
+    """What the set lists of a sample: an entry for each resolution, a second for its mirror image with `flip`."""
     options = sample.options
-    header, source = images.read_header(sample.image), identity.file_sha256(sample.image)
+    picture, references = _picture(sample.image), [_picture(path) for path in sample.references]
+    mask = _mask_of(sample, picture)
+    draw = images.crop_draw(seed, picture.source)  # of references too: what goes with the picture is cut with it
+    listed: dict[tuple[str, ...], dict[str, object]] = {}  # two resolutions may meet in one bucket
+    for resolution, flip in product(options.resolutions, (False, True) if options.flip else (False,)):
+        buckets = [images.choose_bucket(*of.size, resolution, options.upscale) for of in (picture, *references)]
+        placed = [
+            (of, images.place(of.size, bucket, options.crop, flip, draw))
+            for of, bucket in zip((picture, *references), buckets, strict=True)
+        ]
+        key, *others = [want.add_latents(_latents_want(*one, options.background_hex(), latents)) for one in placed]
+        sizes = [{"h": height // images.STEP, "w": width // images.STEP} for width, height in buckets]
+        entry = {"key": key, **sizes[0], "references": others, "mask": None}
+        if mask:
+            entry["mask"] = want.add_mask(_mask_want(*mask, placed[0][1]))
+        if others:  # so that batches can be put together without opening an array
+            entry["reference_sizes"] = [[*size.values()] for size in sizes[1:]]
+        listed[key, *others] = entry
+    return list(listed.values())
+
+
+def _latents_want(of: _Picture, placement: Placement, background: str, latents: LatentsIdentity) -> LatentsWant:
+    told = background if of.header.transparent else None
+    key = images.latents_key(of.source, placement, told, vae=latents.vae, tf32=latents.tf32, dtype=latents.dtype)
+    return LatentsWant(key, of.path, placement, background)
+
+
+def _mask_of(sample: Sample, picture: _Picture) -> tuple[_Picture, masks.Channel] | None:
+    """Where the mask of a sample is read from; an opaque picture has none in its alpha channel."""
+    if sample.options.masks == ALPHA:
+        return (picture, "alpha") if picture.header.transparent else None
+    if sample.mask is None:
+        return None
+    mask = _picture(sample.mask)
+    masks.check_shape(sample.mask, mask.size, picture.size)
+    return mask, "grey"
+
+
+def _mask_want(of: _Picture, channel: masks.Channel, placement: Placement) -> MaskWant:
+    return MaskWant(masks.mask_key(of.source, placement, channel), of.path, placement, channel)
+
+
+def _prompt_references(prompt: Prompt, latents: LatentsIdentity) -> list[LatentsWant]:
+    """The references of a preview, each in its own bucket of at most the preview's area."""
     wants = []
-    for resolution in options.resolutions:
-        bucket = images.choose_bucket(header.width, header.height, resolution, options.upscale)
-        for flip in (False, True) if options.flip else (False,):
-            draw = images.crop_draw(seed, source)
-            placement = images.place((header.width, header.height), bucket, options.crop, flip, draw)
-            background = options.background_hex() if header.transparent else None
-            key = images.latents_key(
-                source, placement, background, vae=latents.vae, tf32=latents.tf32, dtype=latents.dtype
-            )
-            wants.append(LatentsWant(key, sample.image, placement, options.background_hex()))
+    for of in map(_picture, prompt.references):
+        bucket = images.choose_bucket(*of.size, isqrt(prompt.size[0] * prompt.size[1]), upscale=False)
+        wants.append(_latents_want(of, images.place(of.size, bucket), "#ffffff", latents))
     return wants
-
-
-def _sample(sample: Sample, texts: list[str], latents: list[str], want: Wanted) -> dict[str, object]:
-    """A sample as the set lists it; h and w are in tokens."""
-    entries = []
-    for key in dict.fromkeys(latents):  # two resolutions may meet in one bucket where a picture is small
-        _, _, width, height = want.latents[key].placement.crop
-        size = {"h": height // images.STEP, "w": width // images.STEP}
-        entries.append({"key": key, **size, "references": [], "mask": None})
-    return {"id": sample.id, "text": texts, "latents": entries, "repeats": sample.options.repeats, "prior": False}

@@ -168,16 +168,26 @@ def read_picture(path: Path, background: str = "#ffffff") -> Image.Image:
     """The whole picture as anybody would see it: upright, in sRGB, opaque, mode RGB."""
     with _opened(path) as image:
         profile = image.info.get("icc_profile")
-        with _naming(path):
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-        colour, alpha = _split_alpha(image, path)
+        colour, alpha = _split_alpha(_upright(image, path), path)
     colour = _to_srgb(colour, profile)
     if alpha is not None:
         canvas = Image.new("RGB", colour.size, background)
         canvas.paste(colour, mask=alpha)
         return canvas
     return colour
+
+
+def read_alpha(path: Path) -> Image.Image | None:
+    """The opacity of the upright picture, mode L; None where it has no transparency."""
+    with _opened(path) as image:
+        return _split_alpha(_upright(image, path), path)[1]
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    with _naming(path):
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 @contextmanager

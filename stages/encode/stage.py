@@ -21,18 +21,20 @@ from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
 from flux2_relay.stages import identity, measure, names, vae
-from flux2_relay.stages.encode import images, packed
+from flux2_relay.stages.encode import images, masks, packed
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import (
     LatentsIdentity,
     LatentsWant,
+    MaskWant,
     Prompt,
     TextIdentity,
     Wanted,
     wanted,
 )
 from flux2_relay.stages.encode.layout import text_layout
+from flux2_relay.stages.encode.notes import notes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.encode.text import load_text_encoder
@@ -86,18 +88,20 @@ def encode(job: Job) -> Encoded:
     encoder_tensors = open_encoder(job.folders.text_encoder, text_spec)
     text, latents = identities(job, text_spec, vae_spec, tokenizer, encoder_tensors)
     want = wanted(job.samples, job.prompts, text, latents, job.seed)
+    for note in notes(job.samples, tokenizer):
+        job.say(note)
     record = _publish_set(job, text, latents, want)
     missing = job.store.missing(record, patient=False)
     first = {kind: set(keys) for kind, keys in missing.items()}
-    bad: list[str] = []
     for _ in range(_ROUNDS):
         if not missing:
             break
+        bad = _encode_masks(job, {key: want.masks[key] for key in missing.get("masks", ())})
         if keys := missing.get("text"):
             texts = {key: want.text[key] for key in keys}
             in_turn("text encoder", partial(_encode_text, job, text_spec, tokenizer, texts), job.say)
         if keys := missing.get("latents"):
-            bad = in_turn("VAE encoder", partial(_encode_latents, job, {k: want.latents[k] for k in keys}), job.say)
+            bad += in_turn("VAE encoder", partial(_encode_latents, job, {k: want.latents[k] for k in keys}), job.say)
         missing = job.store.missing(record, patient=False)
         if bad:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
@@ -106,7 +110,7 @@ def encode(job: Job) -> Encoded:
         raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
     captions = sum(want.text[key]["caption"] is not None for key in first.get("text", ()))
     pictures = len(first.get("latents", ()))
-    present = len(want.text) + len(want.latents) - sum(map(len, first.values()))
+    present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, first.values()))
     return Encoded(record.key, captions, pictures, present)
 
 
@@ -198,6 +202,20 @@ def _encode_text(
             for index, rows in done.rows:
                 made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
                 writer.put("text", by_caption[captions[index]], _stored(rows, job.text_dtype), made)
+
+
+def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
+    """Put masks into the store; no model is needed -> what is wrong with those that could not be used."""
+    bad = []
+    with Writer(job.store) as writer:
+        for want in wants.values():
+            try:
+                mask = masks.read_mask(want.image, want.placement, want.channel)
+            except InputError as error:
+                bad.append(str(error))
+                continue
+            writer.put("masks", want.key, mask, _made())
+    return bad
 
 
 def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:

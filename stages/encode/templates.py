@@ -89,6 +89,10 @@ class CaptionTokenizer:
         """What follows the constant prefix."""
         return ids[len(self.prefix) :]
 
+    def special_spellings(self) -> frozenset[str]:
+        """What stands for a token of its own wherever a caption spells it."""
+        return frozenset(token.content for token in self.tokenizer.get_added_tokens_decoder().values())
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -224,7 +224,7 @@ def test_all_faults_of_all_folders_are_named_at_once(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     message = refusal(
-        first, second, empty, tmp_path / "nowhere", masks="alpha", prior=True, references=("r",)
+        first, second, empty, tmp_path / "nowhere", masks=str(tmp_path / "m"), references=("r",)
     )
     for part in (
         f"{first / 'a.txt'}: is not UTF-8 (byte 3 is 0xe9); save it as UTF-8",
@@ -234,9 +234,8 @@ def test_all_faults_of_all_folders_are_named_at_once(tmp_path: Path) -> None:
         f"{second}: d.heic is of a type that is not read; convert it to PNG",
         f"data.2.path: {empty} holds no images; put some there (png, ",
         f"data.3.path: {tmp_path / 'nowhere'} does not exist",
-        "data.0.masks: not supported yet",
-        "data.3.references: not supported yet",
-        "data.3.prior: not supported yet",
+        f"data.0.masks: {tmp_path / 'm'} is not a folder; correct the path",
+        "data.3.references: r is not a folder; correct the path",
     ):
         assert part in message
 
@@ -261,7 +260,9 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
         ('{"file_name": "a.pgn", "text": "x"}', "there is no image a.pgn; did you mean a.png?"),
         ('{"file_name": "notes.pdf", "text": "x"}', "notes.pdf is of a type that is not read"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "half a character"),
-        ('{"file_name": "a.png", "text": "x", "control_path": "c.png"}', "not supported yet"),
+        ('{"file_name": "a.png", "text": "x", "control_path": "c.png"}', "2: there is no reference image c.png"),
+        ('{"file_name": "a.png", "text": "x", "control_path_1": "../c.png"}', "2: control_path_1 must be the path"),
+        ('{"file_name": "a.png", "text": "x", "control_path": 3}', "2: control_path must be the path of an image"),
         ('{"file_name": "a.png", "text": "other"}', "a.png has one caption in"),
     ],
 )

@@ -1,0 +1,39 @@
+"""What is worth a sentence before encoding: nothing that is wrong, but that somebody may not have meant."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from flux2_relay.stages.encode.companions import ALPHA
+from flux2_relay.stages.encode.dataset import Sample
+from flux2_relay.stages.encode.templates import CaptionTokenizer
+
+_EXAMPLES = 5
+
+
+def notes(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
+    """Sentences about a data set: special tokens in captions, pictures without a mask among those that have one."""
+    yield from _special_tokens(samples, tokenizer)
+    asked = Counter(sample.options.path for sample in samples if sample.options.masks not in (None, ALPHA))
+    without = Counter(s.options.path for s in samples if s.options.masks not in (None, ALPHA) and s.mask is None)
+    for path, count in without.items():
+        yield f"{path}: {count} of {asked[path]} pictures have no mask; all of such a picture is trained on"
+
+
+def _special_tokens(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
+    spellings = sorted(tokenizer.special_spellings(), key=len, reverse=True)
+    if not spellings:
+        return
+    pattern = re.compile("|".join(map(re.escape, spellings)))
+    found = {}
+    for sample in samples:
+        for caption in sample.captions:
+            if spelled := pattern.findall(caption):
+                found.setdefault(sample.id, dict.fromkeys(spelled))
+    if found:
+        first = ", ".join(f"{name} ({' '.join(spelled)})" for name, spelled in list(found.items())[:_EXAMPLES])
+        more = f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
+        yield (
+            f"captions of {len(found)} {'picture' if len(found) == 1 else 'pictures'} spell special tokens, which the "
+            f"text encoder does not read as words, as in the original pipeline: {first}{more}"
+        )
