@@ -74,6 +74,25 @@ def report(runs: tuple[Path, ...]) -> None:
     commands.report(runs)
 
 
+@cli.command()
+@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="The config whose model.")
+@click.option("--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Override a key of it.")
+@click.option("--path", metavar="PLACE", help="A model: a folder, a single file, or a repository id.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def models(config_file: Path | None, settings: tuple[str, ...], path: str | None, as_json: bool) -> None:
+    """List the known models, or say which files of one were found where and what is missing."""
+    from flux2_relay.pipeline import config, models
+
+    if config_file is not None and path is not None:
+        raise click.UsageError("Name one model: -c FILE or --path PLACE.")
+    if config_file is not None:
+        models.of_config(config.load_config(config_file, settings), as_json)
+    elif path is not None:
+        models.of_path(path, as_json)
+    else:
+        models.known(as_json)
+
+
 cli.add_command(cache_cli.cache)
 
 

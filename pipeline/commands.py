@@ -16,6 +16,7 @@ from flux2_relay.pipeline.run_folder import RunFolder, say
 
 if TYPE_CHECKING:
     from flux2_relay.cache import Store
+    from flux2_relay.stages.catalogue import PartName
     from flux2_relay.stages.encode import stage
     from flux2_relay.stages.folders import ModelFolders
     from flux2_relay.stages.spec import TransformerSpec
@@ -50,6 +51,7 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
     ]
     samples = read_samples(config.data)
     places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
+    _require(config, places, "text_encoder", "tokenizer", "vae")
     _check_model(config, places)
     return stage.Job(
         name=config.run.name,
@@ -84,6 +86,7 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
         )
     model = config.model
     places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
+    _require(config, places, "transformer")
     spec, distilled = _check_model(config, places)
     _check_encoder(places, record.body["identities"]["encoder"])
     run = run_folder.create(config, resume)
@@ -133,16 +136,24 @@ def report(paths: tuple[Path, ...]) -> None:
         say(f"the report is {write_report(run, config)}")
 
 
+def _require(config: Config, places: "ModelFolders", *parts: "PartName") -> None:
+    """Refuse a model without the files of these parts, naming what to download."""
+    from flux2_relay.stages import folders, spec
+
+    folders.require(places, parts, spec.name_of(places) if config.model.name == "auto" else config.model.name)
+
+
 def _check_model(config: Config, places: "ModelFolders") -> "tuple[TransformerSpec, bool]":
     """The transformer's spec and whether it is distilled, if it is what `model.name` says and fits its encoder.
 
     A training machine need not have the encoder.
     """
-    from flux2_relay.stages import spec
+    from flux2_relay.stages import folders, spec
 
-    transformer, distilled = spec.read_transformer_spec(places.transformer), spec.read_distilled(places.root)
+    transformer = spec.read_transformer_spec(places.transformer)
+    distilled = spec.is_distilled(places.root, config.model.name)
     spec.check_name(config.model.name, transformer, distilled, places.root)
-    if (places.text_encoder / "config.json").is_file():
+    if folders.is_there("text_encoder", places.text_encoder):
         text = spec.read_text_spec(places.text_encoder)
         if text.context_width != transformer.context_width:
             raise InputError(
@@ -157,10 +168,10 @@ def _check_encoder(places: "ModelFolders", encoded_with: str) -> None:
 
     A training machine need not have an encoder; where it has one that was never hashed, it is not hashed for this.
     """
-    from flux2_relay.stages import identity, spec
+    from flux2_relay.stages import folders, identity, spec
     from flux2_relay.stages.encode import encoder_weights
 
-    if not (places.text_encoder / "config.json").is_file():
+    if not folders.is_there("text_encoder", places.text_encoder):
         return
     text = spec.read_text_spec(places.text_encoder)
     tensors = encoder_weights.open_encoder(places.text_encoder, text)

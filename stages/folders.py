@@ -4,12 +4,13 @@ A place is a folder or a file. `find` only looks; a part that is not there gets 
 training machine needs no text encoder, and whoever reads it says what is missing.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import hub, names
-from flux2_relay.stages.catalogue import PartName
+from flux2_relay.stages.catalogue import PartName, download
 from flux2_relay.stages.weights import listing, read_header
 
 PARTS: tuple[PartName, ...] = ("transformer", "text_encoder", "tokenizer", "vae")
@@ -47,6 +48,13 @@ def find(
         tokenizer=_part(tokenizer, "tokenizer") or folder / "tokenizer",
         vae=_part(vae, "vae") or _inside(folder, "vae"),
     )
+
+
+def require(places: ModelFolders, parts: Iterable[PartName], model: str | None) -> None:
+    """Refuse a model that lacks one of `parts`, naming the files of `model` (a name of the catalogue) to download."""
+    faults = [f"{getattr(places, part)}: {download(part, model)}" for part in places.missing() if part in parts]
+    if faults:
+        raise InputError(listing(f"{places.root} lacks files that are needed here:", faults))
 
 
 def is_there(part: PartName, place: Path) -> bool:

@@ -45,6 +45,17 @@ def known_name(transformer: TransformerSpec, distilled: bool) -> str | None:
     return next((name for name, entry in CATALOGUE.items() if entry == (transformer, distilled)), None)
 
 
+def name_of(places: folders.ModelFolders) -> str | None:
+    """The catalogue's name of the model in these places, None for another or an unreadable one.
+
+    A base Klein and its distilled twin differ in `model_index.json` alone.
+    """
+    try:
+        return known_name(read_transformer_spec(places.transformer), read_distilled(places.root))
+    except InputError:
+        return None
+
+
 def check_name(name: str, transformer: TransformerSpec, distilled: bool, folder: Path) -> None:
     """Refuse a checkpoint that is not the model the config names (`auto` takes any)."""
     if name == "auto" or (transformer, distilled) == CATALOGUE[name]:
@@ -87,6 +98,11 @@ def read_distilled(model_dir: Path) -> bool:
     """Whether `model_index.json` says `is_distilled`; a folder without that file or key is not distilled."""
     path = index_of(model_dir)
     return path.is_file() and _Config(path).flag("is_distilled", False)
+
+
+def is_distilled(model_dir: Path, name: str) -> bool:
+    """The same, where the config names the model: that decides for a single file, which does not say it of itself."""
+    return CATALOGUE[name][1] if name != "auto" and not index_of(model_dir).is_file() else read_distilled(model_dir)
 
 
 def index_of(model_dir: Path) -> Path:
