@@ -112,6 +112,8 @@ def wanted_by(store: Store, config: Config) -> dict[str, Wanted]:
     }
     for key, want in need.latents.items():
         found[key] = Wanted(kind="latents", key_object=want.key, of=str(want.image))
+    for key, want in need.masks.items():
+        found[key] = Wanted(kind="masks", key_object=want.key, of=str(want.image))
     return found
 
 

@@ -46,7 +46,13 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
 
     options, model = config.previews, config.model
     prompts = [
-        Prompt(text=p.prompt, negative=p.negative or "", size=p.size or options.size, seed=p.seed or 0)
+        Prompt(
+            text=p.prompt,
+            negative=p.negative or "",
+            size=p.size or options.size,
+            seed=p.seed or 0,
+            references=tuple(Path(name).expanduser() for name in p.references),
+        )
         for p in options.pictures()
     ]
     samples = read_samples(config.data)

@@ -11,6 +11,7 @@ from flux2_relay.cache import Store
 from flux2_relay.cache.errors import InputError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.pipeline.config import Config
+from flux2_relay.stages.train.options import PromptOptions
 
 
 def set_request(config: Config) -> dict[str, object]:
@@ -20,10 +21,16 @@ def set_request(config: Config) -> dict[str, object]:
         "data": [_data(options) for options in map(asdict, config.data)],
         "encode": {"bits": config.encode.bits},
         "cache": {"dtype": config.cache.dtype, "latents_dtype": config.cache.latents_dtype},
-        "prompts": [[picture.prompt, picture.negative or ""] for picture in config.previews.pictures()],
+        "prompts": [_prompt(picture) for picture in config.previews.pictures()],
         # Only a random crop depends on the seed.
         "seed": config.run.seed if any(options.crop == "random" for options in config.data) else None,
     }
+
+
+def _prompt(picture: PromptOptions) -> list[object]:
+    """What of a preview is encoded; its size only where it decides how large the references are."""
+    of_references = [list(picture.references), list(picture.size or ())] if picture.references else []
+    return [picture.prompt, picture.negative or "", *of_references]
 
 
 def _data(options: Mapping[str, object]) -> dict[str, object]:

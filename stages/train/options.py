@@ -173,7 +173,7 @@ class PromptOptions:
     negative: str | None = None
     """Prompt that classifier-free guidance steers away from; null is the empty caption."""
 
-    references: tuple[str, ...] = field(default=(), metadata={"supported": ((),)})
+    references: tuple[str, ...] = ()
     """Reference images, for edit training."""
 
 
