@@ -75,12 +75,14 @@ class _Pass:
             following, kept = blocks.double_forward(self.pieces, block, streams, self.modulation.double, self.rotary)
             self.doubles.append((streams, kept if place >= first_kept else None))
             streams = following
+            del kept  # not to be held beside the next block's
         hidden = mx.concatenate(streams, axis=1)
         for place in range(spec.double_blocks, spec.blocks):
             block = model.block(place)
             following, wide = blocks.single_forward(self.pieces, block, hidden, self.modulation.single, self.rotary)
             self.singles.append((hidden, wide if place >= first_kept else None))
             hidden = following
+            del wide
         return hidden
 
     def backward(self, cotangent: mx.array, text_rows: int) -> Gradients:

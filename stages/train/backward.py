@@ -169,18 +169,19 @@ class Backward:
         """Gradients of a single block's adapters, and the cotangent [B, T + L, D] of its input if needed."""
         run, sizes, gradients = self.run, block.sizes, {}
         wide = blocks.single_start(run, block, hidden, modulation) if kept is None else kept
-        gated, inner, low = run(
-            through_leave, modulation[2], block.layer(SINGLE_OUT), cotangent, sizes.hidden + sizes.mlp
-        )
+        layer = block.layer(SINGLE_OUT)
+        gated, inner, low = run(through_leave, modulation[2], layer, cotangent, sizes.hidden + sizes.mlp)
         qkv, mlp = run(blocks.single_parts, wide, sizes)
         of_attention, of_mlp = split(inner, [sizes.hidden], axis=-1)
-        activated, of_gate, of_up = run(through_gated, mlp, of_mlp)
+        # Attention first, while the MLP's cotangents are not there yet; and each array goes once it was used.
         outs, of_qkv = self._attention([qkv], [block.norms(SINGLE_NORMS)], [of_attention], sizes)
+        del wide, qkv, inner, of_attention
+        activated, of_gate, of_up = run(through_gated, mlp, of_mlp)
+        del mlp, of_mlp
         self._note(gradients, block, SINGLE_OUT, [outs[0], activated], [gated], low)
-        cotangents = [of_qkv[0], of_gate, of_up]
-        return gradients, self._enter(
-            gradients, block, [(SINGLE_IN, cotangents)], hidden, modulation, cotangent if need_input else None
-        )
+        del outs, activated, gated
+        cotangents, residual = [of_qkv[0], of_gate, of_up], cotangent if need_input else None
+        return gradients, self._enter(gradients, block, [(SINGLE_IN, cotangents)], hidden, modulation, residual)
 
     def double(
         self,
@@ -193,7 +194,8 @@ class Backward:
     ) -> tuple[Gradients, list[mx.array | None]]:
         """Gradients of a double block's adapters, and the cotangents of text and image if needed."""
         run, sizes, gradients = self.run, block.sizes, {}
-        kept = blocks.double_start(run, block, streams, modulation, self.rotary) if kept is None else kept
+        if kept is None:
+            kept = blocks.double_attend(run, block, streams, modulation, self.rotary)
         past = [self._mlp(gradients, block, kept, modulation, place, cotangents[place]) for place in (0, 1)]
         leaving = [
             run(through_leave, m[2], block.layer(names.out), g, sizes.hidden)
@@ -201,10 +203,13 @@ class Backward:
         ]
         scales = [block.norms(names.norms) for names in STREAMS]
         outs, of_wide = self._attention(kept.wide, scales, [inner for _, inner, _ in leaving], sizes)
-        pulled = []
+        del kept
         for place, names in enumerate(STREAMS):
             gated, _, low = leaving[place]
             self._note(gradients, block, names.out, [outs[place]], [gated], low)
+        del outs, leaving
+        pulled = []
+        for place, names in enumerate(STREAMS):
             parts = split(of_wide[place], 3, axis=-1)
             layers = [(name, [part]) for name, part in zip(names.qkv, parts, strict=True)]
             residual = past[place] if need_input else None
@@ -223,8 +228,11 @@ class Backward:
         """The MLP of one stream of a double block: its gradients, and the cotangent of the stream before it."""
         (into, out), m = STREAMS[place].mlp, modulation[place]
         gated, inner, low = self.run(through_leave, m[5], block.layer(out), cotangent, block.sizes.mlp)
-        activated, of_gate, of_up = self.run(through_gated, kept.up[place], inner)
+        up = kept.up[place] if kept.up else blocks.double_up(self.run, block, kept.middle, modulation, place)
+        activated, of_gate, of_up = self.run(through_gated, up, inner)
+        del up, inner
         self._note(gradients, block, out, [activated], [gated], low)
+        del activated, gated
         before = self._enter(gradients, block, [(into, [of_gate, of_up])], kept.middle[place], m[3:5], cotangent)
         assert before is not None
         return before
@@ -272,15 +280,19 @@ class Backward:
         sizes: Sizes,
     ) -> tuple[list[mx.array], list[mx.array]]:
         """Attention's output for each stream, and the cotangents of each stream's projections."""
-        query, key, value = self.run(blocks.turned_heads, wide, scales, self.rotary, sizes.eps)
-        of_out = self.run(joined_heads, cotangents, query.shape[-1])
-        step = self.heads or query.shape[1]
-        places = list(range(step, query.shape[1], step))
-        chunks = zip(*(split(x, places, axis=1) if places else [x] for x in (query, key, value, of_out)), strict=True)
-        parts = list(zip(*(self.run(through_attention, *chunk) for chunk in chunks), strict=True))
-        out, *of_qkv = (_joined(list(part), axis=1) for part in parts)
-        of_wide = self.run(through_turned_heads, wide, scales, self.rotary, sizes.eps, of_qkv)
-        return self.run(split_rows, out, [x.shape[1] for x in wide]), of_wide
+        heads = self.run(blocks.turned_heads, wide, scales, self.rotary, sizes.eps)
+        heads = [*heads, self.run(joined_heads, cotangents, heads[0].shape[-1])]
+        step = self.heads or heads[0].shape[1]
+        places = list(range(step, heads[0].shape[1], step))
+        chunks = list(zip(*(split(x, places, axis=1) if places else [x] for x in heads), strict=True))
+        del heads
+        parts = []
+        while chunks:
+            parts.append(self.run(through_attention, *chunks.pop(0)))
+        out, *of_qkv = (_joined(list(part), axis=1) for part in zip(*parts, strict=True))
+        del parts
+        outs = self.run(split_rows, out, [x.shape[1] for x in wide])
+        return outs, self.run(through_turned_heads, wide, scales, self.rotary, sizes.eps, of_qkv)
 
 
 def joined_heads(cotangents: Sequence[mx.array], width: int) -> mx.array:

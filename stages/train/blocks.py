@@ -199,34 +199,40 @@ class KeptDouble:
 
     wide: list[mx.array]  # q, k, v side by side
     middle: list[mx.array]  # the streams after attention
-    up: list[mx.array]  # gate, up side by side
+    up: list[mx.array]  # gate, up side by side; empty where they are to be computed when they are needed
 
 
 def double_forward(
     run: Run, block: Block, streams: Sequence[mx.array], modulation: Sequence[Modulations], rotary: Rotary
 ) -> tuple[list[mx.array], KeptDouble]:
     """Text [B, T, D] and image [B, L, D] through a double block -> the same, and what can be kept."""
-    kept = double_start(run, block, streams, modulation, rotary)
-    inner = [run(gated, up) for up in kept.up]
-    layers = [block.layer(names.mlp[1]) for names in STREAMS]
-    parts = zip(kept.middle, modulation, inner, layers, strict=True)
-    return [run(leave, x, m[5], [z], layer) for x, m, z, layer in parts], kept
+    kept = double_attend(run, block, streams, modulation, rotary)
+    after = []
+    for place, names in enumerate(STREAMS):
+        up = double_up(run, block, kept.middle, modulation, place)
+        kept.up.append(up)
+        gate, layer = modulation[place][5], block.layer(names.mlp[1])
+        after.append(run(leave, kept.middle[place], gate, [run(gated, up)], layer))
+    return after, kept
 
 
-def double_start(
+def double_attend(
     run: Run, block: Block, streams: Sequence[mx.array], modulation: Sequence[Modulations], rotary: Rotary
 ) -> KeptDouble:
-    """A double block up to the wide product of its MLPs: all that its backward pass needs."""
-    eps = block.sizes.eps
+    """A double block up to its MLPs."""
     both = list(zip(STREAMS, streams, modulation, strict=True))
-    wide = [run(enter, x, m[:2], [block.layer(name) for name in names.qkv], eps) for names, x, m in both]
+    wide = [run(enter, x, m[:2], [block.layer(n) for n in names.qkv], block.sizes.eps) for names, x, m in both]
     outs = run(double_middle, wide, [block.norms(names.norms) for names in STREAMS], rotary, block.sizes)
     middle = [run(leave, x, m[2], [o], block.layer(names.out)) for (names, x, m), o in zip(both, outs, strict=True)]
-    up = [
-        run(enter, x, m[3:5], [block.layer(names.mlp[0])], eps)
-        for names, x, m in zip(STREAMS, middle, modulation, strict=True)
-    ]
-    return KeptDouble(wide, middle, up)
+    return KeptDouble(wide, middle, [])
+
+
+def double_up(
+    run: Run, block: Block, middle: Sequence[mx.array], modulation: Sequence[Modulations], place: int
+) -> mx.array:
+    """The wide product of one stream's MLP."""
+    layer = block.layer(STREAMS[place].mlp[0])
+    return run(enter, middle[place], modulation[place][3:5], [layer], block.sizes.eps)
 
 
 def single_forward(
