@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline import run_folder
-from flux2_relay.pipeline.config import Config
+from flux2_relay.pipeline.config import Config, flat
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
     from flux2_relay.pipeline.request import find_set
     from flux2_relay.stages import folders
     from flux2_relay.stages.train import loop
+    from flux2_relay.stages.train import resume as resuming
+    from flux2_relay.stages.train.job import Job
 
     store = cache.open(config.cache.path, "r")
     record = find_set(store, config)
@@ -95,22 +97,28 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
     _require(config, places, "transformer")
     spec, distilled = _check_model(config, places)
     _check_encoder(places, record.body["identities"]["encoder"])
+    facts = flat(config)
+    changes = resuming.check(config.run.folder, facts, resuming.digest_of_data(record.body)) if resume else []
     run = run_folder.create(config, resume)
+    for sentence in changes:
+        run.say(sentence)
     if _is_finished(run, config.train.steps):
         say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
         return
     _say_blas()
-    job = loop.Job(
+    job = Job(
         store=store,
         record=record,
         folder=run.path,
         seed=config.run.seed,
         lora=config.lora,
         train=config.train,
+        validation=config.validation,
         save=config.save,
         previews=config.previews,
         distilled=distilled,
         metadata=_metadata(config, record.key),
+        config=facts,
         resume=resume,
         max_steps=max_steps,
         stop=stop,

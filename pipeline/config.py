@@ -61,13 +61,13 @@ class ModelOptions:
     """What the checkpoint must be; `auto` takes what it says of itself."""
 
     text_encoder: str | None = None
-    """Another folder for the text encoder, e.g. an MLX-quantized one."""
+    """Another folder, file or repository for the text encoder, e.g. an MLX-quantized one."""
 
     tokenizer: str | None = None
-    """Another folder for the tokenizer."""
+    """Another folder or repository for the tokenizer."""
 
     vae: str | None = None
-    """Another folder or file for the VAE."""
+    """Another folder, file or repository for the VAE."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,3 +135,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every key written out; it loads to an equal `Config`."""
     return yaml.safe_dump(schema.plain(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Every key of every section as `section.key` with its plain value; the list of data folders is one value."""
+    sections = schema.plain(config)
+    assert isinstance(sections, dict)
+    values: dict[str, object] = {}
+    for name, section in sections.items():
+        values |= {f"{name}.{key}": v for key, v in section.items()} if isinstance(section, dict) else {name: section}
+    return values

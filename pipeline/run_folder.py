@@ -1,13 +1,16 @@
 """The run folder: the resolved config, a line of metrics a step, and where everything else of a run lies.
 
 config.yaml          as resolved        metrics.jsonl        a line a step
-checkpoints/STEP/    to go on from      adapter.safetensors  for other programs
+validation.jsonl     held-out losses    checkpoints/STEP/    to go on from
+adapter.safetensors  for other programs, and adapter_ema.safetensors where there is a mean
 previews/            latents and PNGs   report.html
+.save, .stop         made by the user: write a checkpoint, or write one and leave, after this step
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,36 +35,58 @@ class RunFolder:
         """The adapter in diffusers names, written when a training ends."""
         return self.path / "adapter.safetensors"
 
+    @property
+    def validation(self) -> Path:
+        """The file with a JSON object for each held-out loss."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
     def write(self, line: Mapping[str, object]) -> None:
         """Append one step's metrics."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self.metrics, json.dumps(line))
+
+    def write_validation(self, line: Mapping[str, object]) -> None:
+        """Append the held-out loss after a step."""
+        _append(self.validation, json.dumps(line))
 
     def rewind(self, step: int) -> None:
-        """Keep the lines up to `step` alone: what a killed process did after its last checkpoint is done again."""
-        if not self.metrics.exists():
-            return
-        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
-        aside = self.metrics.with_suffix(".part")
-        aside.write_text("".join(kept), "utf-8")
-        os.replace(aside, self.metrics)
+        """Keep the lines up to `step` alone, at 0 none: what was done after the last checkpoint is done again."""
+        for path in (self.metrics, self.validation):
+            if path.exists():
+                kept = [json.dumps(line) + "\n" for line in _lines(path) if step and line["step"] <= step]
+                aside = path.with_suffix(".part")
+                aside.write_text("".join(kept), "utf-8")
+                os.replace(aside, path)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every whole line of metrics; one that a kill cut off ends the file."""
-        if not self.metrics.exists():
-            return
-        with open(self.metrics, encoding="utf-8") as file:
-            for text in file:
-                try:
-                    yield json.loads(text)
-                except ValueError:
-                    return
+        return _lines(self.metrics)
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in the run's log."""
         say(sentence)
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.write(sentence + "\n")
+        with suppress(OSError):  # a full disk is no reason to stop; what matters of it is said elsewhere
+            _append(self.path / "log.txt", sentence)
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except ValueError:
+                return
 
 
 def create(config: Config, resume: bool) -> RunFolder:

@@ -45,6 +45,19 @@ def describe() -> str:
     return _outcome().sentence
 
 
+def threads() -> int | None:
+    """The threads that the BLAS in use cuts a product among, on which its last bits depend; None if it does not say."""
+    everything = ctypes.CDLL(None)
+    asking = (
+        "openblas_get_num_threads",
+        "scipy_openblas_get_num_threads",
+        "MKL_Get_Max_Threads",
+        "omp_get_max_threads",
+    )
+    found = next((getattr(everything, name) for name in asking if hasattr(everything, name)), None)
+    return int(found()) if found is not None and load() is not None else None
+
+
 @functools.cache
 def _outcome() -> Outcome:
     if sys.platform != "linux":

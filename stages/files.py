@@ -20,7 +20,7 @@ def write_tensors(path: Path, values: Mapping[str, mx.array], metadata: Mapping[
     os.close(handle)
     aside = Path(name)
     try:
-        mx.save_safetensors(str(aside), dict(values), dict(metadata))
+        _save(aside, values, metadata)
         _compare(aside, values)
         _sync(aside)
         os.replace(aside, path)
@@ -43,6 +43,15 @@ def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """A new small JSON file, synced."""
     durable.write_and_sync(path, json.dumps(value, indent=1).encode())
+
+
+def _save(file: Path, values: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    try:
+        mx.save_safetensors(str(file), dict(values), dict(metadata))
+    except RuntimeError as error:
+        if not str(error).startswith(("[write]", "[save")):  # a failing device, not a full disk
+            raise
+        raise RelayError(f"{file.parent}: cannot be written to ({error}); is the disk full?") from None
 
 
 def _compare(file: Path, values: Mapping[str, mx.array]) -> None:

@@ -3,15 +3,27 @@
 blocks.py       the two kinds of block as pure functions
 transformer.py  weights, and the forward pass
 lora.py         adapters
+dropout.py      the share of their input that is left out
+adapter_file.py LoRA files of any naming
+init.py         starting from one
 objective.py    noise, sigma, loss
 backprop.py     gradients block by block
+step.py         the gradients of a whole step
 optimizer.py    the update
+prodigy.py      one that finds its step size
+ema.py          a running mean of the adapter
 randomness.py   draws as functions of (seed, step, item)
 contexts.py     stored entries to arrays
 batches.py      which items make up which step, read ahead
 loop.py         the stage: step by step
-sample.py       previews
+job.py          what it is given, and whom it tells
+running.py      a run under way
+validation.py   the loss on what is held out
+wishes.py       files that ask a run for something
+sample.py       from noise to latents
+previews.py     when, and which
 checkpoint.py   to go on from
+resume.py       whether one can, under another config
 export.py       the adapter for other programs
 files.py        bytes first, name last
 options.py      what it may be told

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -143,7 +143,20 @@ class Loaded:
     wait_seconds: float
 
 
-def load_ahead(batches: Batches, store: Store, contexts: Contexts, first: int, last: int) -> Iterator[Loaded]:
+class Order(Protocol):
+    """Says which items make up which step."""
+
+    @property
+    def prior_weight(self) -> float:
+        """What the loss of prior pictures is multiplied by."""
+        ...
+
+    def at(self, step: int) -> list[list[Draw]]:
+        """The forward passes of a step."""
+        ...
+
+
+def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, last: int) -> Iterator[Loaded]:
     """The steps `first` … `last` - 1 in order; entries are read in threads, two steps ahead.
 
     What goes wrong in a thread is raised here, in the step that needs the entry.

@@ -4,6 +4,7 @@ y = Wx + (alpha / rank) B(Ax), A [rank, in], B [out, rank], both float32 whateve
 1.0 does not move under steps of 1e-4. B starts at zero, so step 0 is the base model.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from flux2_relay.stages.train.options import LoraOptions
 from flux2_relay.stages.train.transformer import Transformer, block_linears
 from flux2_relay.stages.weights import listing
 
-__all__ = ["LoraOptions", "attach", "load", "parameters", "targets", "with_dropout"]
+__all__ = ["LoraOptions", "attach", "load", "metadata", "parameters", "rank_of", "targets", "with_dropout"]
 
 
 def targets(spec: TransformerSpec, options: LoraOptions) -> dict[str, tuple[int, int]]:
@@ -59,6 +60,11 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern or path.endswith("." + pattern) or fnmatchcase(path, pattern)
 
 
+def rank_of(path: str, options: LoraOptions) -> int:
+    """The rank of the adapter at `path`: that of the first pattern of `ranks` that matches, else `rank`."""
+    return next((rank for pattern, rank in options.ranks.items() if _matches(path, pattern)), options.rank)
+
+
 def attach(transformer: Transformer, options: LoraOptions, seed: int) -> None:
     """Give the transformer fresh adapters: A uniform within 1/sqrt(in) (Kaiming, a = sqrt 5), B zero.
 
@@ -66,7 +72,7 @@ def attach(transformer: Transformer, options: LoraOptions, seed: int) -> None:
     """
     adapters = {}
     for path, (rows, columns) in targets(transformer.spec, options).items():
-        rank = next((rank for pattern, rank in options.ranks.items() if _matches(path, pattern)), options.rank)
+        rank = rank_of(path, options)
         bound = 1 / math.sqrt(columns)
         a = mx.random.uniform(-bound, bound, (rank, columns), key=randomness.key(seed, "lora", path))
         adapters[path] = (a, mx.zeros((rows, rank)), mx.array(options.alpha / rank, mx.float32))
@@ -98,6 +104,18 @@ def load(transformer: Transformer, values: Mapping[str, mx.array]) -> None:
         path: (values[f"{path}.lora_A.weight"], values[f"{path}.lora_B.weight"], scale)
         for path, (_, _, scale) in transformer.adapters.items()
     }
+
+
+def metadata(transformer: Transformer, options: LoraOptions) -> dict[str, str]:
+    """How a file of `parameters` must be read: alpha is not folded in; the keys are those of diffusers and peft."""
+    ranks = {path: adapter[0].shape[0] for path, adapter in transformer.adapters.items()}
+    said = {
+        "lora_alpha": options.alpha,
+        "r": options.rank,
+        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != options.rank},
+        "target_modules": list(ranks),
+    }
+    return {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
 
 
 def with_dropout(transformer: Transformer, share: float, seed: int, step: int, places: Sequence[int]) -> Transformer:

@@ -41,7 +41,7 @@ class LoraOptions:
     dropout: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
     """Share of the adapter's input that is zeroed at random in training."""
 
-    init: str | None = field(default=None, metadata={"supported": (None,)})
+    init: str | None = None
     """An adapter file to start from, in any naming."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class TrainOptions:
     prior_weight: float = field(default=1.0, metadata={"min": 0.0})
     """Weight of the loss on regularisation images."""
 
-    ema: float | None = field(default=None, metadata={"min": 0.0, "below": 1.0, "supported": (None,)})
+    ema: float | None = field(default=None, metadata={"min": 0.0, "below": 1.0})
     """Decay of a running mean of the adapter that is saved beside it."""
 
     dtype: Dtype = "bfloat16"
@@ -130,10 +130,10 @@ class MemoryOptions:
 class ValidationOptions:
     """The loss on items that are held out."""
 
-    fraction: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0, "supported": (0.0,)})
+    fraction: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
     """Share of the data set that is held out."""
 
-    every: int = field(default=100, metadata={"min": 1, "supported": (100,)})
+    every: int = field(default=100, metadata={"min": 1})
     """Steps between two validations."""
 
 

@@ -178,27 +178,6 @@ def test_other_data_is_another_run(encoded: Callable[..., Project], pictures: Pa
     assert "run.name" in outcome.said
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_adapter(
-    encoded: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project, real, calls = encoded(), loop.loss_and_gradients, iter(range(99))
-
-    def exploding(*arguments):
-        loss, gradients = real(*arguments)
-        return (loss * mx.inf if next(calls) == 3 else loss), gradients
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "loss_and_gradients", exploding)
-        outcome = project.relay("train")
-    assert outcome.status == 1
-    assert "step 4: loss inf" in outcome.said
-    assert ".png" in outcome.said
-    assert "checkpoint of step 2" in outcome.said
-    assert len(project.metrics("step")) == 3
-    assert project.relay("train").status == 0
-    assert [step for (step,) in project.metrics("step")] == list(range(1, 7))
-
-
 def test_previews_are_drawn_when_they_are_due(encoded: Callable[..., Project]) -> None:
     project = encoded(previews={"every": 2, "prompts": ["a blue dog", "a blue dog"]})
     assert project.relay("encode").status == 0
