@@ -3,6 +3,7 @@
 cli.py         the command line
 commands.py    what each command does: the config taken apart and handed to one stage
 cache_*.py     `relay cache`: its command line, what it does, why an entry is stale, one entry whole for others
+models.py      `relay models`: what is known, what is found where
 place.py       which store such a command is about
 config.py      the config file: nests the options that each component declares
 schema.py      YAML into dataclasses, a line number for every fault

@@ -14,7 +14,7 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline.cache_commands import in_bytes, print_json, print_table
 from flux2_relay.pipeline.config import Config
 from flux2_relay.stages import folders, hub, names, spec, vae
-from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS, SOURCES, PartName, download
+from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS, SOURCES, PartName, download, download_all
 from flux2_relay.stages.encode import encoder_weights, packed
 from flux2_relay.stages.folders import PARTS, ModelFolders
 from flux2_relay.stages.train.transformer import tensor_shapes
@@ -86,7 +86,7 @@ def _known(name: str) -> KnownModel:
 
 def _here(model: KnownModel) -> str:
     if model.snapshot is None:
-        return f"no: hf download {model.repository}"
+        return f"no: {download_all(model.name)}"
     return "without " + ", ".join(model.missing) if model.missing else "whole"
 
 

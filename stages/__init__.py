@@ -3,8 +3,15 @@
 encode/       stage one: captions and images into the store
 train/        stage two: a LoRA from the store
 decode/       previews: latents to pictures
-spec.py       what a model is, read from its checkpoint       shared by all three
-weights.py    safetensors in: checked, lazy, mapped by name   shared by all three
+folders.py    where the parts of a model lie                  shared by all three, like the next
+hub.py        the same for the local Hugging Face cache
+catalogue.py  the models that are known by name
+sizes.py      what a model is
+spec.py       the same, read from a checkpoint's configs
+infer.py      the same, from shapes where there is no config
+names.py      other tools' layouts under our names
+weights.py    safetensors in: checked, lazy, mapped by name
+identity.py   what a set of weights is: hashes
 vae.py        the autoencoder; its halves load apart          shared by encode and decode
 blas.py       fast float32 products on Linux CPUs; has to come before MLX, hence the call below
 """

@@ -111,6 +111,12 @@ SOURCES: Mapping[str, Source] = {
 }
 
 
+def download_all(model: str) -> str:
+    """The command that downloads a model without the second copy of its transformer that lies beside the first."""
+    source = SOURCES[model]
+    return f"hf download {source.repository} --exclude {source.file}"
+
+
 def download(part: PartName, model: str | None) -> str:
     """What to download where a part of a model is missing, in a clause; without a model, of whichever it is."""
     source = SOURCES[model] if model else None

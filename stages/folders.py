@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import hub, names
-from flux2_relay.stages.catalogue import PartName, download
+from flux2_relay.stages.catalogue import SOURCES, PartName, download, download_all
 from flux2_relay.stages.weights import listing, read_header
 
 PARTS: tuple[PartName, ...] = ("transformer", "text_encoder", "tokenizer", "vae")
@@ -82,9 +82,11 @@ def _place(named: str, key: str) -> Path:
         raise InputError(f"model.{key}: {place} is no folder and no file")
     found = hub.snapshot(named)
     if found is None:
+        model = next((name for name, source in SOURCES.items() if source.repository == named), None)
+        command = download_all(model) if model else f"hf download {named}"
         raise InputError(
             f"model.{key}: {named} is no folder and no file here, and no repository of that id lies in the Hugging "
-            f"Face cache {hub.cache_folder()}; this program downloads nothing: hf download {named}"
+            f"Face cache {hub.cache_folder()}; this program downloads nothing: {command}"
         )
     return found
 

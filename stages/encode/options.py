@@ -14,7 +14,10 @@ class EncodeOptions:
     """How the text encoder reads the captions."""
 
     bits: Literal[32, 16, 8, 6, 4] = 8
-    """Width of the encoder's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized."""
+    """Width of the encoder's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized.
+
+    One that is quantized on disk keeps its own; this then only chooses the arithmetic, 32 float32, else bfloat16.
+    """
 
     stream: Literal["auto", "never", "always"] = "auto"
     """Read the encoder layer by layer from disk, over the whole data set; `auto`: by `memory.budget`."""

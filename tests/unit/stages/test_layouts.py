@@ -1,8 +1,8 @@
 """Other tools' layouts of the same weights: the same numbers bit for bit, the same identity, the same spec."""
 
-import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,11 +11,12 @@ import pytest
 from tiny import cases, layouts, ours
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import catalogue, folders, identity, names, spec, vae
+from flux2_relay.stages import catalogue, folders, identity, infer, names, spec, vae
+from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
 from flux2_relay.stages.encode.text import load_text_encoder
-from flux2_relay.stages.train.transformer import load_transformer
-from flux2_relay.stages.weights import open_tensors
+from flux2_relay.stages.train.transformer import load_transformer, tensor_shapes
+from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 
 PREFIXES = ["", "model.diffusion_model."]
 
@@ -150,33 +151,28 @@ def test_a_text_encoder_file_without_config(
     assert encoder_identity(open_encoder(file, text), text) == encoder_identity(whole, text)
 
 
-def test_the_published_encoders_are_told_by_their_shapes(tmp_path: Path) -> None:
-    for name, text in catalogue.ENCODERS.items():
-        tensors = _Shaped(text)
-        assert spec.infer.text_spec(tensors) == text, name  # pyright: ignore
+def shaped(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Tensors of a full-size model, without its bytes."""
+    file = Path("x.safetensors")
+    return Tensors(file, {name: TensorInfo(file, name, "BF16", shape, 0, 0) for name, shape in shapes.items()})
 
 
-class _Shaped:
-    """Shapes of a full-size encoder, without its bytes."""
-
-    source = Path("encoder.safetensors")
-
-    def __init__(self, text: spec.TextSpec) -> None:
-        shapes = {
-            "layers.0.input_layernorm.weight": (text.hidden,),
-            "layers.0.mlp.gate_proj.weight": (text.mlp_width, text.hidden),
-            "layers.0.self_attn.q_proj.weight": (text.heads * text.head_dim, text.hidden),
-            "layers.0.self_attn.k_proj.weight": (text.kv_heads * text.head_dim, text.hidden),
-            "embed_tokens.weight": (text.vocabulary, text.hidden),
-        }
-        if text.family == "qwen3":
-            shapes["layers.0.self_attn.q_norm.weight"] = (text.head_dim,)
-        self.info = {name: _Info(shape) for name, shape in shapes.items()}
+@pytest.mark.parametrize("name", catalogue.ENCODERS)
+def test_the_published_encoders_are_told_by_their_shapes(name: str) -> None:
+    text = catalogue.ENCODERS[name]
+    assert infer.text_spec(shaped(encoder_weights.tensor_shapes(text))) == text
 
 
-@dataclasses.dataclass
-class _Info:
-    shape: tuple[int, ...]
+@pytest.mark.parametrize("name", catalogue.CATALOGUE)
+def test_the_published_transformers_follow_from_their_shapes(name: str) -> None:
+    transformer, _ = catalogue.CATALOGUE[name]
+    assert infer.transformer_spec(shaped(tensor_shapes(transformer))) == transformer
+
+
+@pytest.mark.parametrize("decoder", [None, (96, 192, 384, 384)])
+def test_the_published_vaes_follow_from_their_shapes(decoder: tuple[int, ...] | None) -> None:
+    of_vae = spec.VaeSpec(decoder_block_out_channels=decoder)
+    assert infer.vae_spec(shaped(vae.encoder_tensor_names(of_vae) | vae.decoder_tensor_names(of_vae))) == of_vae
 
 
 def test_an_unknown_text_encoder_needs_its_config(klein: Path, tmp_path: Path) -> None:
