@@ -19,6 +19,8 @@ def transformer_spec(tensors: Tensors) -> TransformerSpec:
     shape = _Shapes(tensors, "transformer")
     hidden, channels = shape("x_embedder.weight")
     (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight")
+    if head_dim % 8:
+        raise InputError(f"{tensors.source}: a head of {head_dim} does not split into four rotary axes of pairs")
     return TransformerSpec(
         double_blocks=_count(tensors.info, r"transformer_blocks\.(\d+)\."),
         single_blocks=_count(tensors.info, r"single_transformer_blocks\.(\d+)\."),
@@ -66,12 +68,12 @@ def vae_spec(tensors: Tensors) -> VaeSpec:
     shape, names = _Shapes(tensors, "VAE"), tensors.info
     widths = _widths(tensors, "encoder.down_blocks")
     of_decoder = tuple(reversed(_widths(tensors, "decoder.up_blocks")))
-    moments = shape("encoder.conv_out.weight")[0]
-    side = isqrt(shape("bn.running_mean")[0] // (moments // 2))
+    latents = max(1, shape("encoder.conv_out.weight")[0] // 2)  # mean, then log-variance
+    side = max(1, isqrt(shape("bn.running_mean")[0] // latents))
     return VaeSpec(
         in_channels=shape("encoder.conv_in.weight")[1],
         out_channels=shape("decoder.conv_out.weight")[0],
-        latent_channels=moments // 2,
+        latent_channels=latents,
         block_out_channels=widths,
         decoder_block_out_channels=of_decoder if of_decoder != widths else None,
         layers_per_block=_count(names, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
