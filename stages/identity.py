@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +21,7 @@ from flux2_relay.stages.weights import TensorInfo, Tensors
 
 _BLOCK, _BLOCKS = 4096, 64
 _CHUNK = 1 << 22
+_AT_ONCE = 500  # findings written together: a commit waits for the disk
 _SMALL = 1 << 30  # bytes hashed in about half a second
 
 
@@ -76,14 +77,42 @@ def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, from memory where the file system says it is unchanged."""
-    with _Memo() as memo:
-        key = "file|" + _facts(path)
-        digest = memo.get(key)
-        if digest is None:
-            with open(path, "rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            memo.put(key, digest)
-        return digest
+    with Findings() as findings:
+        return findings.sha256(path)
+
+
+class Findings:
+    """What was found out about files, from memory where the file system says they are unchanged; for many at once."""
+
+    def __enter__(self) -> "Findings":
+        """Open the memory."""
+        self._memo, self._new = _Memo().__enter__(), {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Keep what is new."""
+        self._memo.put_all(self._new)
+        self._memo.__exit__(*error)
+
+    def sha256(self, path: Path) -> str:
+        """SHA-256 of a file's bytes."""
+        return self.recall(path, "file", _sha256)
+
+    def recall(self, path: Path, what: str, find: Callable[[Path], str]) -> str:
+        """What `find` says of a file; `what` names the question, and its version if the answer may change."""
+        key = f"{what}|{_facts(path)}"
+        value = self._new.get(key) or self._memo.get(key)
+        if value is None:
+            value = self._new[key] = find(path)
+            if len(self._new) >= _AT_ONCE:  # so that a kill costs little of the work
+                self._memo.put_all(self._new)
+                self._new = {}
+        return value
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _tensor_digest(info: TensorInfo) -> str:
@@ -153,10 +182,13 @@ class _Memo:
         return row[0] if row else None
 
     def put(self, key: str, value: str) -> None:
-        if self._db is None:
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, str]) -> None:
+        if self._db is None or not values:
             return
         try:
             with self._db:
-                self._db.execute("insert or replace into memo values (?, ?)", (key, value))
+                self._db.executemany("insert or replace into memo values (?, ?)", values.items())
         except sqlite3.Error:
             self._close()

@@ -72,6 +72,7 @@ class LatentsWant:
     image: Path
     placement: Placement
     background: str
+    size: images.Size  # of the whole picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,20 @@ def wanted(
     want.shared["empty"] = want.add_text(text.key(""))  # caption dropout, negative prompt and preview at once
     for rows in ("prefix", "pad"):
         want.shared[rows] = want.add_text(text.key(None, rows)) if text.shares_rows else None
+    with identity.Findings() as findings:
+        faults = _add_samples(want, samples, text, _Placer(latents, seed, findings))
+        faults += _add_prompts(want, prompts, text, _Placer(latents, seed, findings))
+    if faults:
+        raise InputError(listing("these pictures cannot be used:", faults))
+    return want
+
+
+def _add_samples(want: Wanted, samples: Sequence[Sample], text: TextIdentity, placer: "_Placer") -> list[str]:
+    """Want all of these samples -> what is wrong with pictures."""
     faults = []
     for sample in samples:
         try:
-            of_sample = _latents_of(sample, latents, seed, want)
+            of_sample = placer.latents(sample, want)
         except InputError as error:
             faults.append(str(error))
             continue
@@ -154,17 +165,20 @@ def wanted(
         want.samples.append(
             {"id": sample.id, "text": texts, "latents": of_sample, "repeats": options.repeats, "prior": options.prior}
         )
+    return faults
+
+
+def _add_prompts(want: Wanted, prompts: Sequence[Prompt], text: TextIdentity, placer: "_Placer") -> list[str]:
+    faults = []
     for prompt in prompts:
         try:
-            references = [want.add_latents(w) for w in _prompt_references(prompt, latents)]
+            references = [want.add_latents(w) for w in placer.references(prompt)]
         except InputError as error:
             faults.append(str(error))
             continue
         keys = {"text": want.add_text(text.key(prompt.text)), "negative": want.add_text(text.key(prompt.negative))}
         want.prompts.append({**keys, "references": references, "size": list(prompt.size), "seed": prompt.seed})
-    if faults:
-        raise InputError(listing("these pictures cannot be used:", faults))
-    return want
+    return faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,59 +194,78 @@ class _Picture:
         return self.header.width, self.header.height
 
 
-def _picture(path: Path) -> _Picture:
-    return _Picture(path, images.read_header(path), identity.file_sha256(path))
+@dataclass(frozen=True, slots=True)
+class _Placer:
+    """Cuts pictures to buckets: from files and options to what is wanted of them."""
+
+    identity: LatentsIdentity
+    seed: int
+    findings: identity.Findings
+
+    def picture(self, path: Path) -> _Picture:
+        """A file's header and hash, from memory where it is unchanged."""
+        try:
+            told = self.findings.recall(path, f"header {images.DECODE}", _header)
+            width, height, transparent = map(int, told.split())
+            header = images.Header(width=width, height=height, transparent=bool(transparent))
+            return _Picture(path, header, self.findings.sha256(path))
+        except OSError as error:
+            reason = str(error.strerror).lower()
+            raise InputError(f"{path}: {reason}; correct the path or the file's permissions") from None
+
+    def latents(self, sample: Sample, want: Wanted) -> list[dict[str, object]]:
+        """What the set lists of a sample: an entry for each resolution, a second for its mirror image with `flip`."""
+        options = sample.options
+        picture, *references = pictures = [self.picture(path) for path in (sample.image, *sample.references)]
+        mask = self.mask(sample, picture)
+        draw = images.crop_draw(self.seed, picture.source)  # of references too: they are cut like their picture
+        listed: dict[tuple[str, ...], dict[str, object]] = {}  # two resolutions may meet in one bucket
+        for resolution, flip in product(options.resolutions, (False, True) if options.flip else (False,)):
+            buckets = [images.choose_bucket(*of.size, resolution, options.upscale) for of in pictures]
+            placements = [
+                images.place(of.size, bucket, options.crop, flip, draw)
+                for of, bucket in zip(pictures, buckets, strict=True)
+            ]
+            placed = zip(pictures, placements, strict=True)
+            key, *others = [want.add_latents(self.want(*one, options.background_hex())) for one in placed]
+            sizes = [{"h": height // images.STEP, "w": width // images.STEP} for width, height in buckets]
+            entry = {"key": key, **sizes[0], "references": others, "mask": None}
+            if mask:
+                entry["mask"] = want.add_mask(_mask_want(*mask, placements[0]))
+            if references:  # so that batches can be put together without opening an array
+                entry["reference_sizes"] = [[*size.values()] for size in sizes[1:]]
+            listed[key, *others] = entry
+        return list(listed.values())
+
+    def mask(self, sample: Sample, picture: _Picture) -> tuple[_Picture, masks.Channel] | None:
+        """Where the mask of a sample is read from; an opaque picture has none in its alpha channel."""
+        if sample.options.masks == ALPHA:
+            return (picture, "alpha") if picture.header.transparent else None
+        if sample.mask is None:
+            return None
+        mask = self.picture(sample.mask)
+        masks.check_shape(sample.mask, mask.size, picture.size)
+        return mask, "grey"
+
+    def references(self, prompt: Prompt) -> list[LatentsWant]:
+        """The references of a preview, each in its own bucket of at most the preview's area."""
+        wants = []
+        for of in map(self.picture, prompt.references):
+            bucket = images.choose_bucket(*of.size, isqrt(prompt.size[0] * prompt.size[1]), upscale=False)
+            wants.append(self.want(of, images.place(of.size, bucket), "#ffffff"))
+        return wants
+
+    def want(self, of: _Picture, placement: Placement, background: str) -> LatentsWant:
+        """A picture in one bucket."""
+        told, known = background if of.header.transparent else None, self.identity
+        key = images.latents_key(of.source, placement, told, vae=known.vae, tf32=known.tf32, dtype=known.dtype)
+        return LatentsWant(key, of.path, placement, background, of.size)
 
 
-def _latents_of(sample: Sample, latents: LatentsIdentity, seed: int, want: Wanted) -> list[dict[str, object]]:
-    """What the set lists of a sample: an entry for each resolution, a second for its mirror image with `flip`."""
-    options = sample.options
-    picture, references = _picture(sample.image), [_picture(path) for path in sample.references]
-    mask = _mask_of(sample, picture)
-    draw = images.crop_draw(seed, picture.source)  # of references too: what goes with the picture is cut with it
-    listed: dict[tuple[str, ...], dict[str, object]] = {}  # two resolutions may meet in one bucket
-    for resolution, flip in product(options.resolutions, (False, True) if options.flip else (False,)):
-        buckets = [images.choose_bucket(*of.size, resolution, options.upscale) for of in (picture, *references)]
-        placed = [
-            (of, images.place(of.size, bucket, options.crop, flip, draw))
-            for of, bucket in zip((picture, *references), buckets, strict=True)
-        ]
-        key, *others = [want.add_latents(_latents_want(*one, options.background_hex(), latents)) for one in placed]
-        sizes = [{"h": height // images.STEP, "w": width // images.STEP} for width, height in buckets]
-        entry = {"key": key, **sizes[0], "references": others, "mask": None}
-        if mask:
-            entry["mask"] = want.add_mask(_mask_want(*mask, placed[0][1]))
-        if others:  # so that batches can be put together without opening an array
-            entry["reference_sizes"] = [[*size.values()] for size in sizes[1:]]
-        listed[key, *others] = entry
-    return list(listed.values())
-
-
-def _latents_want(of: _Picture, placement: Placement, background: str, latents: LatentsIdentity) -> LatentsWant:
-    told = background if of.header.transparent else None
-    key = images.latents_key(of.source, placement, told, vae=latents.vae, tf32=latents.tf32, dtype=latents.dtype)
-    return LatentsWant(key, of.path, placement, background)
-
-
-def _mask_of(sample: Sample, picture: _Picture) -> tuple[_Picture, masks.Channel] | None:
-    """Where the mask of a sample is read from; an opaque picture has none in its alpha channel."""
-    if sample.options.masks == ALPHA:
-        return (picture, "alpha") if picture.header.transparent else None
-    if sample.mask is None:
-        return None
-    mask = _picture(sample.mask)
-    masks.check_shape(sample.mask, mask.size, picture.size)
-    return mask, "grey"
+def _header(path: Path) -> str:
+    header = images.read_header(path)
+    return f"{header.width} {header.height} {header.transparent:d}"
 
 
 def _mask_want(of: _Picture, channel: masks.Channel, placement: Placement) -> MaskWant:
     return MaskWant(masks.mask_key(of.source, placement, channel), of.path, placement, channel)
-
-
-def _prompt_references(prompt: Prompt, latents: LatentsIdentity) -> list[LatentsWant]:
-    """The references of a preview, each in its own bucket of at most the preview's area."""
-    wants = []
-    for of in map(_picture, prompt.references):
-        bucket = images.choose_bucket(*of.size, isqrt(prompt.size[0] * prompt.size[1]), upscale=False)
-        wants.append(_latents_want(of, images.place(of.size, bucket), "#ffffff", latents))
-    return wants

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from math import log
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +70,7 @@ def buckets(resolution: int) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
+@lru_cache(maxsize=1 << 16)  # pictures of a data set share a few sizes
 def choose_bucket(width: int, height: int, resolution: int, upscale: bool) -> Size:
     """The bucket of a picture: (width, height) pixels and a budget -> (width, height).
 
@@ -92,7 +94,15 @@ def _nearest(width: int, height: int, resolution: int) -> Size:
         one, other = width * bucket[1], height * bucket[0]
         return Fraction(max(one, other), min(one, other)), -bucket[0] * bucket[1], bucket[0]
 
-    return min(buckets(resolution), key=distance)
+    # Only those that are nearest in floating point are compared exactly, which costs 50 times as much.
+    at, ratios = log(width / height), _log_ratios(resolution)
+    least = min(abs(at - ratio) for ratio, _ in ratios)
+    return min((bucket for ratio, bucket in ratios if abs(at - ratio) <= least + 1e-9), key=distance)
+
+
+@lru_cache
+def _log_ratios(resolution: int) -> tuple[tuple[float, Size], ...]:
+    return tuple((log(width / height), (width, height)) for width, height in buckets(resolution))
 
 
 def _ladder(resolution: int) -> list[int]:

@@ -214,7 +214,7 @@ def test_references_of_a_preview_are_as_large_as_it_at_most(data: Path) -> None:
 
 def test_a_preview_reference_that_is_not_there_is_named(data: Path) -> None:
     prompt = Prompt(text="x", negative="", size=(64, 64), seed=0, references=(data / "gone.png",))
-    with pytest.raises(InputError, match=r"gone\.png: no such file"):
+    with pytest.raises(InputError, match=r"gone\.png: no such file or directory"):
         want_of(data, (prompt,))
 
 
