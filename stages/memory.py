@@ -15,7 +15,7 @@ def budget_bytes(budget: Literal["auto"] | int) -> int:
 
 def device_bytes() -> int:
     """What the device recommends: Metal's working set, a CUDA card's free memory, half of a CPU's RAM."""
-    if mx.default_device() == mx.Device(mx.gpu):
+    if is_gpu():
         info = mx.device_info()
         return int(info.get("max_recommended_working_set_size") or info.get("free_memory") or _ram() // 2)
     return _ram() // 2
@@ -23,3 +23,13 @@ def device_bytes() -> int:
 
 def _ram() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA card."""
+    return is_gpu() and not mx.metal.is_available()
+
+
+def is_gpu() -> bool:
+    """Whether MLX computes on a GPU."""
+    return mx.default_device() == mx.Device(mx.gpu)

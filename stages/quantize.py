@@ -5,6 +5,9 @@ the slow one. Bits and group size are recovered from the shapes, so a weight is 
 functions take as an argument.
 """
 
+import math
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 Weight = mx.array | tuple[mx.array, mx.array, mx.array]
@@ -26,6 +29,19 @@ def pack(weight: mx.array, bits: int) -> Weight:
         return weight.astype(mx.bfloat16)
     packed, scales, biases = mx.quantize(weight.astype(mx.bfloat16), group_size=group, bits=bits)
     return packed, scales, biases
+
+
+def packed_bytes(shapes: Iterable[tuple[int, ...]], bits: int) -> int:
+    """What tensors of these shapes take at `bits`; vectors (norms) stay as they are stored."""
+    return sum(_packed_bytes(shape, bits) for shape in shapes)
+
+
+def _packed_bytes(shape: tuple[int, ...], bits: int) -> int:
+    size = math.prod(shape)
+    if len(shape) < 2 or bits >= 16:
+        return size * (4 if bits == 32 else 2)
+    group = next((size for size in _GROUPS if shape[-1] % size == 0), None)
+    return size * 2 if group is None else size * bits // 8 + size // group * 4
 
 
 def dense(weight: Weight, columns: int, dtype: mx.Dtype) -> mx.array:

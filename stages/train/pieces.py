@@ -11,20 +11,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from flux2_relay.stages import memory
+
 AHEAD = 3
 """Pieces under way at once on a GPU: with fewer it waits for the next one, with more only memory grows."""
-
-
-def _on_gpu() -> bool:
-    return mx.default_device() != mx.Device(mx.cpu)
 
 
 @dataclass(slots=True)
 class Pieces:
     """Calls pieces: `pieces(piece, *arguments)` starts one and gives what it returns, not yet computed."""
 
-    ahead: int = field(default_factory=lambda: AHEAD if _on_gpu() else 1)
-    compiles: bool = field(default_factory=_on_gpu)
+    ahead: int = field(default_factory=lambda: AHEAD if memory.is_gpu() else 1)
+    compiles: bool = field(default_factory=memory.is_gpu)
     """On a CPU compiling calls a C++ compiler for each new kernel and makes nothing faster."""
     compiled: dict[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
     under_way: deque[Any] = field(default_factory=deque)

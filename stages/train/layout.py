@@ -1,0 +1,175 @@
+"""How training fits the memory budget: bits, blocks resident or streamed, what is kept, attention in chunks.
+
+A model of the peak, not a trial: the plan must know it before a weight is read. Its constants were read off the pieces
+of `backward.py` (docs/performance.md says how), and the run prints the prediction beside what it measured.
+
+Letters: R rows of a step's pass (batch times text and image tokens), D hidden, M MLP width, N heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import memory
+from flux2_relay.stages.measure import in_words
+from flux2_relay.stages.quantize import QUANTIZED_BITS, packed_bytes
+from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.train.options import MemoryOptions
+from flux2_relay.stages.train.residence import resident_places
+from flux2_relay.stages.train.transformer import block_shapes, outer_shapes
+
+_TRANSIENT_UNITS = 51
+"""What a block's backward pass holds at its peak beside inputs and kept tensors, in arrays of [R, D]."""
+_ATTENTION_UNITS, _SCORES = 35, 4
+"""Where attention is not fused: units beside the scores, and arrays as large as the scores of a chunk."""
+_DENSE_MATRICES = 2.5
+"""Dense copies of the largest matrix at once, where weights are kept in another form than they are used."""
+_OPTIMIZER_COPIES = 3
+"""Adapter-sized arrays that an update makes beside those that stay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one forward pass has to carry."""
+
+    batch: int
+    rows: int  # text and image tokens of one item, the largest of the data set
+    adapter_bytes: int  # A and B of all modules, float32
+    adapter_copies: int  # of them that stay: parameters, gradients, moments, running mean
+    item_bytes: int  # of the compute type
+    fused_attention: bool  # whether the backend has a kernel for attention's gradient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The decisions, and the peak that they lead to."""
+
+    bits: Literal[32, 16, 8, 6, 4]
+    resident: int  # blocks in memory
+    blocks: int
+    ahead: int  # blocks being read
+    keep: int  # last blocks whose wide projections are kept
+    heads: int  # heads at a time in attention's backward pass, 0 for all
+    parts: Mapping[str, int]
+    """Bytes by what they are for."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of live arrays."""
+        return sum(self.parts.values())
+
+    @property
+    def streamed(self) -> bool:
+        """Whether any block is read from disk at each step."""
+        return self.resident < self.blocks
+
+    def in_words(self) -> str:
+        """The decisions and the prediction, in one sentence."""
+        where = f"{self.resident} of {self.blocks} blocks resident" if self.streamed else "all blocks resident"
+        chunks = f", attention {self.heads} heads at a time" if self.heads else ""
+        parts = ", ".join(f"{name} {in_words(size)}" for name, size in self.parts.items() if size)
+        return (
+            f"{self.bits} bit, {where}, {self.keep} blocks keep their projections{chunks}; "
+            f"predicted peak {in_words(self.peak_bytes)} ({parts})"
+        )
+
+
+def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_bytes: int) -> Layout:
+    """The fastest layout whose predicted peak stays under the budget.
+
+    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit; then what is left goes
+    to kept projections. Explicit settings are obeyed. InputError says the smallest budget that works.
+    """
+    tried = [
+        predict(spec, load, bits, resident) for bits in _bits(options, load) for resident in _residents(spec, options)
+    ]
+    fitting = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
+    if fitting is None:
+        least = min(tried, key=lambda layout: layout.peak_bytes)
+        raise InputError(
+            f"memory.budget: {in_words(budget_bytes)} is too little for this model; the least that works with these "
+            f"settings is {in_words(least.peak_bytes)} ({least.in_words()})"
+        )
+    return _with_kept(spec, load, fitting, budget_bytes)
+
+
+def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: int = 0, ahead: int = 1) -> Layout:
+    """The layout of these decisions with its predicted peak."""
+    unit = load.batch * load.rows * spec.hidden * load.item_bytes
+    heads = 0 if load.fused_attention else max(1, min(spec.heads, 4 * spec.hidden // load.rows))
+    streamed = resident < spec.blocks
+    sizes = [block_bytes(spec, place, bits) for place in range(spec.blocks)]
+    weights = packed_bytes(outer_shapes(spec).values(), bits)
+    weights += sum(sizes[place] for place in resident_places(spec.blocks, resident))
+    scores = load.batch * (heads or spec.heads) * load.rows**2 * load.item_bytes
+    transient = _TRANSIENT_UNITS * unit
+    if not load.fused_attention:
+        transient = max(transient, _ATTENTION_UNITS * unit + _SCORES * scores)
+    parts = {
+        "weights": weights,
+        # The most is held in the first single block: itself and, being read, double ones. On a GPU pieces under way
+        # may still need the block before.
+        "blocks on their way": (sizes[-1] * (2 if memory.is_gpu() else 1) + ahead * max(sizes)) if streamed else 0,
+        "dense copies": _dense_bytes(spec, load, bits),
+        "adapter, gradients, moments": load.adapter_copies * load.adapter_bytes,
+        "block inputs": spec.blocks * unit,
+        "kept projections": sum(kept_bytes(spec, load, place) for place in range(spec.blocks - keep, spec.blocks)),
+        "one block's work": max(transient, _OPTIMIZER_COPIES * load.adapter_bytes - spec.blocks * unit),
+    }
+    return Layout(
+        bits=bits,  # pyright: ignore[reportArgumentType] - one of the options' values
+        resident=resident,
+        blocks=spec.blocks,
+        ahead=ahead,
+        keep=keep,
+        heads=0 if heads == spec.heads else heads,
+        parts=parts,
+    )
+
+
+def block_bytes(spec: TransformerSpec, place: int, bits: int) -> int:
+    """What one block's weights take in memory."""
+    return packed_bytes(block_shapes(spec, place).values(), bits)
+
+
+def kept_bytes(spec: TransformerSpec, load: Load, place: int) -> int:
+    """What keeping one block's projections takes: q, k, v, gate and up, in a double block also the middle stream."""
+    width = 3 * spec.hidden + 2 * spec.mlp_width + (spec.hidden if place < spec.double_blocks else 0)
+    return load.batch * load.rows * width * load.item_bytes
+
+
+def has_fused_attention(rows: int) -> bool:
+    """Whether attention's gradient has a kernel: on CUDA where the rows divide by 128, nowhere else."""
+    return memory.is_cuda() and rows % 128 == 0
+
+
+def _bits(options: MemoryOptions, load: Load) -> tuple[int, ...]:
+    if options.bits != "auto":
+        return (options.bits,)
+    return (32 if load.item_bytes == 4 else 16, 8)
+
+
+def _residents(spec: TransformerSpec, options: MemoryOptions) -> list[int]:
+    if options.stream == "always":
+        return [0]
+    return [spec.blocks] if options.stream == "never" else list(reversed(range(spec.blocks + 1)))
+
+
+def _dense_bytes(spec: TransformerSpec, load: Load, bits: int) -> int:
+    own = 4 if bits == 32 else 2
+    if bits not in QUANTIZED_BITS and own == load.item_bytes:
+        return 0
+    largest = spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
+    return int(_DENSE_MATRICES * largest * load.item_bytes)
+
+
+def _with_kept(spec: TransformerSpec, load: Load, layout: Layout, budget_bytes: int) -> Layout:
+    """The same layout with as many kept blocks as the budget has room for, the last ones first."""
+    keep, kept, room = 0, 0, budget_bytes - layout.peak_bytes
+    for place in reversed(range(spec.blocks)):
+        size = kept_bytes(spec, load, place)
+        if kept + size > room:
+            break
+        keep, kept = keep + 1, kept + size
+    return replace(layout, keep=keep, parts={**layout.parts, "kept projections": kept})
