@@ -9,6 +9,7 @@ config.py      the config file: nests the options that each component declares
 schema.py      YAML into dataclasses, a line number for every fault
 request.py     what names a set: the part of a config that stage one obeys
 run_folder.py  one run's folder: config, metrics, log
+events.py      the metrics for TensorBoard
 report.py      a run as one HTML page
 charts.py      its curves, as SVG
 page.py        its frame and looks

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import run_folder
+from flux2_relay.pipeline import events, run_folder
 from flux2_relay.pipeline.config import Config, flat
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
@@ -116,6 +116,7 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
         validation=config.validation,
         save=config.save,
         previews=config.previews,
+        memory=config.memory,
         distilled=distilled,
         metadata=_metadata(config, record.key),
         config=facts,
@@ -123,8 +124,8 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
         max_steps=max_steps,
         stop=stop,
     )
-    bits = 16 if config.memory.bits == "auto" else config.memory.bits
-    done = loop.run(job, places, spec, bits, run)
+    with events.journal(run, config.log.tensorboard) as journal:
+        done = loop.run(job, places, spec, journal)
     say(f"{done} of {config.train.steps} steps done; the adapter is {run.adapter}")
 
 

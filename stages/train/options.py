@@ -122,7 +122,7 @@ class MemoryOptions:
     bits: Literal["auto", 32, 16, 8, 6, 4] = "auto"
     """Width of the transformer's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized."""
 
-    stream: Literal["auto", "never", "always"] = field(default="auto", metadata={"supported": ("auto",)})
+    stream: Literal["auto", "never", "always"] = "auto"
     """Read the transformer block by block from disk at every step instead of holding it."""
 
 
@@ -220,5 +220,5 @@ class PreviewOptions:
 class LogOptions:
     """Where metrics go besides the run folder."""
 
-    tensorboard: bool = field(default=False, metadata={"supported": (False,)})
+    tensorboard: bool = False
     """Write event files for TensorBoard; needs the extra of that name."""
