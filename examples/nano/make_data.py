@@ -13,9 +13,9 @@ import random
 from pathlib import Path
 
 import torch
+from pictures import distances, drawn, flat, lay_out, lesson_pen, pack
 from PIL import Image
-from pictures import drawn, distances, flat, lay_out, lesson_pen, pack
-from scenes import Scene, describe, draw_scene
+from scenes import SHAPES, Scene, describe, draw_scene
 
 SIZES = ((128, 128),) * 8 + ((160, 96),) * 2 + ((96, 160),) * 2
 """Width and height of each picture: three buckets of the resolution 128."""
@@ -24,14 +24,16 @@ SEED = 5
 
 
 def draw_lesson(seed: int) -> list[Scene]:
-    """Scenes for `SIZES` without what is left out, every third one a pair of different figures."""
+    """Scenes for `SIZES` without what is left out: the shapes in turn, every third scene a pair of different figures."""
     rng = random.Random(seed)
+    shapes = [shape for shape in SHAPES if shape not in LEFT_OUT]
     scenes: list[Scene] = []
     while len(scenes) < len(SIZES):
         scene = draw_scene(rng)
         words = {word for f in scene.figures for word in (f.shape, f.colour)} | {scene.background}
-        pair = scene.relation is not None
-        if not words & LEFT_OUT and pair == (len(scenes) % 3 == 2) and describe(scene) not in map(describe, scenes):
+        in_turn = scene.figures[0].shape == shapes[len(scenes) % len(shapes)]
+        fresh = scene.background not in [other.background for other in scenes[-5:]]
+        if not words & LEFT_OUT and in_turn and fresh and (scene.relation is not None) == (len(scenes) % 3 == 2):
             scenes.append(scene)
     return scenes
 

@@ -58,7 +58,7 @@ class Sizes:
     )
     vae: dict = field(
         default_factory=lambda: {
-            "block_out_channels": (24, 48, 64, 80),
+            "block_out_channels": (16, 32, 64, 96),
             "layers_per_block": 1,
             "norm_num_groups": 8,
             "sample_size": 128,

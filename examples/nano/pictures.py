@@ -168,7 +168,7 @@ def lesson_pen(count: int) -> Pen:
     """The style of the lesson: dark outlines, diagonal hatching, two lines for each token of 16 pixels."""
     one = torch.ones(count)
     return Pen(
-        outline=3.0 * one,
+        outline=2.6 * one,
         hatch=1.8 * one,
         period=8 / math.sqrt(2) * one,
         angle=math.pi / 4 * one,
@@ -177,17 +177,18 @@ def lesson_pen(count: int) -> Pen:
 
 
 def drawn(picture: Tensor, distance: Tensor, pen: Pen) -> Tensor:
-    """Pen strokes over a flat picture: every figure outlined along its edge and hatched inside."""
+    """Pen strokes over a flat picture: every figure outlined inside its edge and hatched."""
     height, width = picture.shape[-2:]
     device = picture.device
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     angle, period = pen.angle[:, None, None], pen.period[:, None, None]
     along = torch.remainder(x * torch.cos(angle) + y * torch.sin(angle), period)
     line = (0.5 * pen.hatch[:, None, None] - (along - period / 2).abs() + 0.5).clamp(0, 1)
+    half = 0.5 * pen.outline[:, None, None]
     stroke = torch.zeros_like(line)
     for figure in range(FIGURES):
         inside = (0.5 - distance[:, figure]).clamp(0, 1)
-        edge = (0.5 * pen.outline[:, None, None] - distance[:, figure].abs() + 0.5).clamp(0, 1)
+        edge = (half - (distance[:, figure] + half).abs() + 0.5).clamp(0, 1) * (half > 0)
         stroke = torch.maximum(stroke, torch.maximum(line * inside, edge))
     stroke = stroke[:, None]
     return picture * (1 - stroke) + pen.ink[:, :, None, None] * stroke

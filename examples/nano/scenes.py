@@ -22,7 +22,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Names and sRGB values; none is dark, so ink (a style that the base never saw) is easy to tell."""
 NAMES = tuple(COLOURS)
-SIZES = {"small": 0.1, "": 0.155, "large": 0.225}
+SIZES = {"small": 0.115, "": 0.165, "large": 0.235}
 """The word of a caption -> radius as a share of the shorter side of the picture."""
 COUNTS = ("", "two", "three")
 PLACES = {
@@ -37,11 +37,12 @@ PLACES = {
 RELATIONS = {"and": (0, 0), "above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 """Direction (x right, y down) from the first of two figures to the second; (0, 0) is any."""
 
-FILLERS = (
-    "simple clean pretty little plain nice bright quiet modern cute bold tidy soft fresh happy fine good great new "
-    "photo picture drawing image painting poster icon print card stamp sticker logo tile flag scene sign art toy cat "
-    "dog fox tree house river mountain cloud car boat cup lamp chair window bird fish flower stone road bridge sky"
-).split()
+_WORDS = """
+simple clean pretty little plain nice bright quiet modern cute bold tidy soft fresh happy fine good great new photo
+picture drawing image painting poster icon print card stamp sticker logo tile flag scene sign art toy cat dog fox
+tree house river mountain cloud car boat cup lamp chair window bird fish flower stone road bridge sky
+"""
+FILLERS = tuple(_WORDS.split())
 """Words that base captions sometimes start with and that mean nothing: the model learns to pass over words."""
 TRIGGERS = ("sketchy", "sks", "inky", "woven", "dotted", "neon", "doodle", "mosaic")
 """Single tokens of the vocabulary that no base caption holds: free for adapters to give a meaning."""
