@@ -24,7 +24,7 @@ SEED = 5
 
 
 def draw_lesson(seed: int) -> list[Scene]:
-    """Scenes for `SIZES` without what is left out: the shapes in turn, every third scene a pair of different figures."""
+    """Scenes for `SIZES` without what is left out: the shapes in turn, every third scene a pair."""
     rng = random.Random(seed)
     shapes = [shape for shape in SHAPES if shape not in LEFT_OUT]
     scenes: list[Scene] = []
