@@ -209,7 +209,7 @@ class Run:
 
     def _say_threads(self, before: int | None) -> None:
         now = blas.threads()
-        if before != now and mx.default_device() == mx.Device(mx.cpu):
+        if None not in (before, now) and before != now and mx.default_device() == mx.Device(mx.cpu):
             self.journal.say(
                 f"the BLAS has {now} threads and had {before}: what follows may differ in the last bits from a run "
                 "that was not interrupted (OPENBLAS_NUM_THREADS sets the number)"
