@@ -101,6 +101,16 @@ def test_what_cannot_be_a_set_is_refused(store, body, error):
     assert store.sets() == []
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_set_may_be_written_in_another_form(store, indent):
+    """As another tool, or this program before it wrote sets as one line, would."""
+    key = store.publish_set(BODY, {"at": "2025", "odd": '"name":"fox",'})
+    path = store.path / "sets" / key / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), indent=indent))
+    assert store.open_set(key).body == BODY
+    assert store.open_set(key).made == {"at": "2025", "odd": '"name":"fox",'}
+
+
 @pytest.mark.parametrize("damage", ["edit", "truncate", "empty", "no file", "float", "array"])
 def test_a_damaged_set_is_refused_by_name(store, damage):
     key = store.publish_set(BODY, {"at": "2025"})
@@ -113,8 +123,8 @@ def test_a_damaged_set_is_refused_by_name(store, damage):
             "edit": text.replace('"fox"', '"box"'),
             "truncate": text[:-20],
             "empty": "",
-            "float": text.replace('"seed": 1', '"seed": 1.0'),
-            "array": text.replace('"node_type": "group"', '"node_type": "array"'),
+            "float": text.replace('"seed":1', '"seed":1.0'),
+            "array": text.replace('"node_type":"group"', '"node_type":"array"'),
         }[damage]
         assert changed != text
         path.write_text(changed)
