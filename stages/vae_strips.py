@@ -145,7 +145,7 @@ Change = Callable[[mx.array], mx.array]
 class _Moments(NamedTuple):
     """How many values a group has, their mean and the sum of their squared distances from it: [B, 1, 1, G, 1]."""
 
-    count: int
+    total: int
     mean: mx.array
     squares: mx.array
 
@@ -162,15 +162,15 @@ def _moments(x: mx.array, groups: int) -> _Moments:
 
 def _merge(a: _Moments, b: _Moments) -> _Moments:
     """Both together; numerically as good as one pass over all (Chan, Golub and LeVeque 1979)."""
-    count, apart = a.count + b.count, b.mean - a.mean
-    mean = a.mean + apart * (b.count / count)
-    return _Moments(count, mean, a.squares + b.squares + apart * apart * (a.count * b.count / count))
+    count, apart = a.total + b.total, b.mean - a.mean
+    mean = a.mean + apart * (b.total / count)
+    return _Moments(count, mean, a.squares + b.squares + apart * apart * (a.total * b.total / count))
 
 
 def _norm_of(x: Strips, weights: Weights, name: str, groups: int) -> Change:
     """The group norm of `x` as something to be done to any of its rows."""
     moments = reduce(_merge, (_moments(x.window(*span), groups) for span in x.spans()))
-    scale = mx.rsqrt(moments.squares / moments.count + GROUP_NORM_EPS)
+    scale = mx.rsqrt(moments.squares / moments.total + GROUP_NORM_EPS)
     mx.eval(moments.mean, scale)
     weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.cache.keys import key_of
@@ -104,8 +105,8 @@ class Wanted:
     latents: dict[str, LatentsWant] = field(default_factory=dict)
     masks: dict[str, MaskWant] = field(default_factory=dict)
     shared: dict[str, str | None] = field(default_factory=dict)
-    samples: list[dict[str, object]] = field(default_factory=list)
-    prompts: list[dict[str, object]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
 
     def add_text(self, key_object: Mapping[str, object]) -> str:
         """Want a text entry -> its key."""
@@ -198,7 +199,7 @@ class _Picture:
 class _Placer:
     """Cuts pictures to buckets: from files and options to what is wanted of them."""
 
-    identity: LatentsIdentity
+    models: LatentsIdentity
     seed: int
     findings: identity.Findings
 
@@ -213,13 +214,13 @@ class _Placer:
             reason = str(error.strerror).lower()
             raise InputError(f"{path}: {reason}; correct the path or the file's permissions") from None
 
-    def latents(self, sample: Sample, want: Wanted) -> list[dict[str, object]]:
+    def latents(self, sample: Sample, want: Wanted) -> list[dict[str, Any]]:
         """What the set lists of a sample: an entry for each resolution, a second for its mirror image with `flip`."""
         options = sample.options
         picture, *references = pictures = [self.picture(path) for path in (sample.image, *sample.references)]
         mask = self.mask(sample, picture)
         draw = images.crop_draw(self.seed, picture.source)  # of references too: they are cut like their picture
-        listed: dict[tuple[str, ...], dict[str, object]] = {}  # two resolutions may meet in one bucket
+        listed: dict[tuple[str, ...], dict[str, Any]] = {}  # two resolutions may meet in one bucket
         for resolution, flip in product(options.resolutions, (False, True) if options.flip else (False,)):
             buckets = [images.choose_bucket(*of.size, resolution, options.upscale) for of in pictures]
             placements = [
@@ -257,7 +258,7 @@ class _Placer:
 
     def want(self, of: _Picture, placement: Placement, background: str) -> LatentsWant:
         """A picture in one bucket."""
-        told, known = background if of.header.transparent else None, self.identity
+        told, known = background if of.header.transparent else None, self.models
         key = images.latents_key(of.source, placement, told, vae=known.vae, tf32=known.tf32, dtype=known.dtype)
         return LatentsWant(key, of.path, placement, background, of.size)
 

@@ -45,7 +45,7 @@ def survey(samples: Sequence[Sample], want: Wanted) -> Survey:
     buckets: Counter[Size] = Counter()
     cut, small = {}, {}
     for sample, listed in zip(samples, want.samples, strict=True):
-        of_sample = [want.latents[latents["key"]] for latents in listed["latents"]]  # type: ignore[attr-defined, index]
+        of_sample = [want.latents[latents["key"]] for latents in listed["latents"]]
         for of in of_sample:
             buckets[of.placement.crop[2:]] += sample.options.repeats
         cut[sample.id] = max(map(_share_cut, of_sample))

@@ -1,6 +1,7 @@
 """Masks and references found by name, and what is said where they are not."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_a_picture_is_not_its_own_reference(tmp_path: Path) -> None:
     assert "has no image of the same base name" in refusal(data, references=(str(data),))
 
 
-def jsonl(folder: Path, *rows: dict[str, object]) -> Path:
+def jsonl(folder: Path, *rows: Mapping[str, object]) -> Path:
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "list.jsonl"
 

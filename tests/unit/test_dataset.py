@@ -110,9 +110,7 @@ def test_names_are_composed_so_that_listings_match_on_every_file_system(tmp_path
 @pytest.mark.parametrize("key", ["text", "caption", "prompt"])
 def test_metadata_jsonl(tmp_path: Path, key: str) -> None:
     rows = [{"file_name": "a.png", key: "one "}, {"file_name": "sub/b.png", key: "two"}]
-    write(
-        tmp_path, {"a.png": "", "sub/b.png": "", "metadata.jsonl": "\n".join(map(json.dumps, rows)) + "\n\n"}
-    )
+    write(tmp_path, {"a.png": "", "sub/b.png": "", "metadata.jsonl": "\n".join(map(json.dumps, rows)) + "\n\n"})
     assert read(tmp_path) == {"a.png": ("one",), "sub/b.png": ("two",)}
 
 
@@ -122,9 +120,7 @@ def test_metadata_in_a_subfolder_names_files_beside_it(tmp_path: Path) -> None:
 
 
 def test_captions_json_with_texts_and_lists(tmp_path: Path) -> None:
-    write(
-        tmp_path, {"a.png": "", "b.png": "", "captions.json": json.dumps({"a.png": "x", "b.png": ["y", "z"]})}
-    )
+    write(tmp_path, {"a.png": "", "b.png": "", "captions.json": json.dumps({"a.png": "x", "b.png": ["y", "z"]})})
     assert read(tmp_path) == {"a.png": ("x",), "b.png": ("y", "z")}
 
 
@@ -132,9 +128,7 @@ def test_captions_json_with_texts_and_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["caption", "text"])
 def test_a_jsonl_of_its_own_lists_the_images(tmp_path: Path, name: str, text: str) -> None:
     rows = [{name: "pics/b.png", text: "bee"}, {name: str(tmp_path / "a.png"), text: "ay"}]
-    write(
-        tmp_path, {"a.png": "", "pics/b.png": "", "c.png": "", "my.jsonl": "\n".join(map(json.dumps, rows))}
-    )
+    write(tmp_path, {"a.png": "", "pics/b.png": "", "c.png": "", "my.jsonl": "\n".join(map(json.dumps, rows))})
     assert read(tmp_path / "my.jsonl") == {"a.png": ("ay",), "pics/b.png": ("bee",)}
 
 
@@ -223,9 +217,7 @@ def test_all_faults_of_all_folders_are_named_at_once(tmp_path: Path) -> None:
     second = write(tmp_path / "second", {"c.png": "", "c.txt": "[trigger] runs", "d.heic": "", "d.txt": "x"})
     empty = tmp_path / "empty"
     empty.mkdir()
-    message = refusal(
-        first, second, empty, tmp_path / "nowhere", masks=str(tmp_path / "m"), references=("r",)
-    )
+    message = refusal(first, second, empty, tmp_path / "nowhere", masks=str(tmp_path / "m"), references=("r",))
     for part in (
         f"{first / 'a.txt'}: is not UTF-8 (byte 3 is 0xe9); save it as UTF-8",
         "data.0.path: 1 image in",

@@ -1,6 +1,8 @@
 """What a batch may hold beside pictures and captions: references, masks, weights of items."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -58,7 +60,7 @@ def test_gradients_equal_autodiff_through_the_whole_model(model: Transformer, ex
     def loss(values: dict[str, mx.array]) -> mx.array:
         lora.load(model, values)
         tokens, ids = objective.add_noise(batch.latents, noise, sigma), batch.latent_ids
-        if batch.references is not None:
+        if batch.references is not None and batch.reference_ids is not None:
             tokens = mx.concatenate([tokens, batch.references], axis=1)
             ids = mx.concatenate([ids, batch.reference_ids])
         velocity = model(tokens, batch.context, sigma, guidance, ids, batch.text_ids)[:, :ROWS]
@@ -112,8 +114,10 @@ def test_references_stand_apart_in_time_and_begin_again_in_space() -> None:
 # From the store
 
 
-def sample_of(name: str, size: tuple[int, int] = (4, 4), references: tuple = (), mask: str | None = None) -> dict:
-    latents = {"key": f"{name}-latents", "h": size[0], "w": size[1], "references": list(references), "mask": mask}
+def sample_of(
+    name: str, size: tuple[int, int] = (4, 4), references: Sequence[str] = (), mask: str | None = None
+) -> dict:
+    latents = {"key": f"{name}-latents", "h": size[0], "w": size[1], "references": list(references), "mask": None}
     return {"id": name, "text": ["caption"], "latents": [latents], "repeats": 1, "prior": False}
 
 
@@ -137,7 +141,7 @@ class Shelf:
     def __init__(self, path: Path) -> None:
         self.store = cache.open(path, "a")
         empty = self.put("text", "empty", np.zeros((4, 6), np.float32))
-        self.body = {"samples": [], "shared": {"empty": empty}}
+        self.body: dict[str, Any] = {"samples": [], "shared": {"empty": empty}}
         for name in ("a", "b"):
             of = sample_of(name, (2, 3))
             of["text"], (latents,) = [empty], of["latents"]
@@ -147,7 +151,7 @@ class Shelf:
             ]
             latents["reference_sizes"] = [[1, 2], [2, 2]]
             self.body["samples"].append(of)
-        self.mask = np.float32([[0, 0.5, 1], [1, 1, 0]])
+        self.mask = np.array([[0, 0.5, 1], [1, 1, 0]], np.float32)
         self.body["samples"][0]["latents"][0]["mask"] = self.put("masks", "a", self.mask)
         self.body["samples"][1]["prior"] = True
 
@@ -160,8 +164,8 @@ class Shelf:
         key = {"kind": kind, "dtype": "float32", "name": name, "max_length": 4}
         return self.store.publish(kind, key, array, {})
 
-    def batch(self, **options: float) -> tuple[list[str], Batch]:
-        made = Batches(self.body, TrainOptions(batch=2, **options), 0)
+    def batch(self, prior_weight: float = 1.0) -> tuple[list[str], Batch]:
+        made = Batches(self.body, TrainOptions(batch=2, prior_weight=prior_weight), 0)
         ((draws, batch),) = next(load_ahead(made, self.store, open_contexts(self.store, self.body, 6), 0, 1)).passes
         return [drawn.item.id for drawn in draws], batch
 
