@@ -9,6 +9,7 @@ from flux2_relay.cache import Store
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.stages.train.options import (
     LoraOptions,
+    MemoryOptions,
     PreviewOptions,
     SaveOptions,
     TrainOptions,
@@ -49,6 +50,7 @@ class Job:
     validation: ValidationOptions
     save: SaveOptions
     previews: PreviewOptions
+    memory: MemoryOptions
     distilled: bool
     metadata: Mapping[str, str]
     config: Mapping[str, object]  # key -> plain value of the whole config: told to checkpoints, not obeyed

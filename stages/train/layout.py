@@ -6,7 +6,7 @@ of `backward.py` (docs/performance.md says how), and the run prints the predicti
 Letters: R rows of a step's pass (batch times text and image tokens), D hidden, M MLP width, N heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,9 @@ from flux2_relay.stages import memory
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.quantize import QUANTIZED_BITS, packed_bytes
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train.options import MemoryOptions
+from flux2_relay.stages.train.batches import Item
+from flux2_relay.stages.train.optimizer import moments
+from flux2_relay.stages.train.options import MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import resident_places
 from flux2_relay.stages.train.transformer import block_shapes, outer_shapes
 
@@ -39,6 +41,14 @@ class Load:
     adapter_copies: int  # of them that stay: parameters, gradients, moments, running mean
     item_bytes: int  # of the compute type
     fused_attention: bool  # whether the backend has a kernel for attention's gradient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutOptions:
+    """The sections of a config that a layout obeys."""
+
+    train: TrainOptions
+    memory: MemoryOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +102,22 @@ def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_byt
             f"settings is {in_words(least.peak_bytes)} ({least.in_words()})"
         )
     return _with_kept(spec, load, fitting, budget_bytes)
+
+
+def layout_for(
+    spec: TransformerSpec, items: Sequence[Item], text_rows: int, adapter: int, options: LayoutOptions
+) -> Layout:
+    """The layout for a data set: its largest item, an adapter of `adapter` weights, and what the config says."""
+    rows = text_rows + max(sum(height * width for height, width in item.bucket) for item in items)
+    load = Load(
+        batch=options.train.batch,
+        rows=rows,
+        adapter_bytes=4 * adapter,
+        adapter_copies=2 + moments(options.train) + (options.train.ema is not None),
+        item_bytes=4 if options.train.dtype == "float32" else 2,
+        fused_attention=has_fused_attention(rows),
+    )
+    return choose(spec, load, options.memory, memory.budget_bytes(options.memory.budget))
 
 
 def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: int = 0, ahead: int = 1) -> Layout:

@@ -12,20 +12,23 @@ from tqdm import tqdm
 from flux2_relay.cache.errors import RelayError
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.folders import ModelFolders
+from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import checkpoint, init, lora, optimizer, validation, wishes
-from flux2_relay.stages.train.batches import Batches, load_ahead
+from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
+from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for
 from flux2_relay.stages.train.previews import Previews
+from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
 from flux2_relay.stages.train.transformer import Transformer, load_transformer
 
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse; without a limit they grow with every new shape
 
 
-def run(job: Job, folders: ModelFolders, spec: TransformerSpec, bits: int, journal: Journal) -> int:
+def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal) -> int:
     """Load the transformer, train, and let go of it -> steps done.
 
     What can be refused without the transformer's weights is refused before they are read.
@@ -35,19 +38,35 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, bits: int, journ
         init.read(job.lora, spec)
     if sentence := optimizer.advice(job.train):
         journal.say(sentence)
-    return in_turn("transformer", partial(_load_and_train, job, folders, spec, bits, journal), journal.say)
+    layout = _layout(job, spec)
+    journal.say(f"memory: {layout.in_words()}")
+    return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)
+
+
+def _layout(job: Job, spec: TransformerSpec) -> Layout:
+    adapter = lora.size(spec, job.lora)
+    rows = open_contexts(job.store, job.record.body, spec.context_width).length
+    options = LayoutOptions(train=job.train, memory=job.memory)
+    return layout_for(spec, list(items(job.record.body)), rows, adapter, options)
 
 
 def _has_checkpoint(job: Job) -> bool:
     return job.resume and bool(checkpoint.saved(job.checkpoints))
 
 
-def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, bits: int, journal: Journal) -> int:
+def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal) -> int:
     dtype = mx.float32 if job.train.dtype == "float32" else mx.bfloat16
+    residence = partial(Streamed, resident=layout.resident, ahead=layout.ahead) if layout.streamed else Resident
     with in_plain_words(lambda: "Nothing was changed."):
-        transformer = load_transformer(folders.root, spec, bits, dtype)
-    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {bits} bit)", journal.say)
-    return train(job, transformer, journal)
+        transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence)
+    transformer.keep, transformer.attention_heads = layout.keep, layout.heads
+    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", journal.say)
+    try:
+        done = train(job, transformer, journal)
+    finally:
+        transformer.residence.close()
+    journal.say(f"memory: predicted peak {in_words(layout.peak_bytes)}, measured {in_words(peak_bytes())}")
+    return done
 
 
 def train(job: Job, transformer: Transformer, journal: Journal) -> int:

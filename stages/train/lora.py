@@ -65,6 +65,11 @@ def rank_of(path: str, options: LoraOptions) -> int:
     return next((rank for pattern, rank in options.ranks.items() if _matches(path, pattern)), options.rank)
 
 
+def size(spec: TransformerSpec, options: LoraOptions) -> int:
+    """Weights of all adapters together."""
+    return sum(rank_of(path, options) * (rows + columns) for path, (rows, columns) in targets(spec, options).items())
+
+
 def attach(transformer: Transformer, options: LoraOptions, seed: int) -> None:
     """Give the transformer fresh adapters: A uniform within 1/sqrt(in) (Kaiming, a = sqrt 5), B zero.
 

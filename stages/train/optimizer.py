@@ -83,6 +83,11 @@ def advice(options: TrainOptions) -> str | None:
     return None
 
 
+def moments(options: TrainOptions) -> int:
+    """Adapter-sized arrays that the rule keeps between updates; Adafactor's are rows and columns, next to nothing."""
+    return {"adamw": 2, "lion": 1, "adafactor": 0, "prodigy": 4}[options.optimizer]
+
+
 def learning_rate(options: TrainOptions, step: int) -> float:
     """The learning rate of update `step` (from 0): a linear rise over `warmup` updates, then the schedule.
 

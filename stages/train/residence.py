@@ -28,6 +28,10 @@ class Residence(Protocol):
         """The weights of one block; waits where they are still being read."""
         ...
 
+    def close(self) -> None:
+        """Stop reading ahead; no weights are asked for any more."""
+        ...
+
 
 class Resident:
     """All blocks in memory."""
@@ -42,6 +46,9 @@ class Resident:
     def weights(self, place: int) -> BlockWeights:
         """The weights of one block."""
         return self._weights[place]
+
+    def close(self) -> None:
+        """Nothing is being read."""
 
 
 class Streamed:
@@ -80,6 +87,11 @@ class Streamed:
             self._last = None
             self._last = (place, self._next(place))
         return self._last[1]
+
+    def close(self) -> None:
+        """Let the reads under way end; a process must not leave while a thread computes."""
+        self._drop()
+        self._pool.shutdown()
 
     def _next(self, place: int) -> BlockWeights:
         if not self._coming or self._coming[0][0] != place:  # not what was announced

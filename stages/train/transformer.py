@@ -135,16 +135,20 @@ def image_ids(height: int, width: int, time: int = 0) -> mx.array:
 
 
 def load_transformer(
-    model_dir: Path | str, spec: TransformerSpec, bits: int = 16, dtype: mx.Dtype | None = None
+    model_dir: Path | str,
+    spec: TransformerSpec,
+    bits: int = 16,
+    dtype: mx.Dtype | None = None,
+    residence: Callable[[int, Reader], Residence] = Resident,
 ) -> Transformer:
     """The transformer of a model folder or file, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
 
-    `dtype` is the compute type: float32 where `bits` is 32, else bfloat16. InputError lists every tensor that is
-    missing, surplus or misshapen.
+    `dtype` is the compute type: float32 where `bits` is 32, else bfloat16; `residence(blocks, read)` decides which
+    blocks stay in memory. InputError lists every tensor that is missing, surplus or misshapen.
     """
     tensors = names.open_transformer(folders.find(str(model_dir)).transformer)
     tensors.check(tensor_shapes(spec))
-    return from_tensors(tensors, spec, bits, dtype)
+    return from_tensors(tensors, spec, bits, dtype, residence)
 
 
 def from_tensors(
