@@ -159,10 +159,11 @@ def _factors(found: _Found, told: "_Told") -> Iterator[tuple[str, Factors]]:
     """The updates of the linears that a module stands for."""
     a, b = (found.tensors[role][1].astype(mx.float32) for role in ("A", "B"))
     rank, module = a.shape[0], found.module
-    alpha = found.tensors["alpha"][1].item() if "alpha" in found.tensors else None
-    scale = told.scale(module.parts[0], rank) if alpha is None else float(alpha) / rank
+    alpha = float(found.tensors["alpha"][1].reshape(())) if "alpha" in found.tensors else None
+    scale = told.scale(module.parts[0], rank) if alpha is None else alpha / rank
     if module.swapped:
-        b = mx.concatenate(mx.split(b, 2, axis=0)[::-1], axis=0)
+        first, second = mx.split(b, 2, axis=0)
+        b = mx.concatenate([second, first], axis=0)
     if len(module.parts) == 1:
         yield module.parts[0], Factors(a, b, scale)
         return

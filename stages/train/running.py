@@ -82,7 +82,7 @@ class Run:
         )
         self._count(is_finite, loss, norm, loaded)
         self._after_step()
-        return float(loss.item()) if is_finite else None
+        return float(loss) if is_finite else None
 
     def save(self) -> bool:
         """A checkpoint of where the run stands; where it cannot be written, a sentence and False."""

@@ -31,7 +31,8 @@ def split(body: Body, fraction: float) -> tuple[Body, Body]:
     if not fraction:
         return body, {**body, "samples": []}
     numbers = {sample["id"]: _number(sample) for sample in body["samples"] if not sample["prior"]}
-    held = {name for name, number in numbers.items() if number < fraction} or set(sorted(numbers, key=numbers.get)[:1])
+    first = sorted(numbers, key=lambda name: numbers[name])[:1]
+    held = {name for name, number in numbers.items() if number < fraction} or set(first)
     trained = [sample for sample in body["samples"] if sample["id"] not in held]
     if not trained:
         raise InputError(
@@ -111,6 +112,7 @@ def loss_alone(
     tokens, ids = batch.with_references(objective.add_noise(batch.latents, noise, sigma))
     running = replace(transformer, run=transformer.pieces)
     velocity = running(tokens, batch.context, sigma, guidance, ids, batch.text_ids)[:, : batch.latents.shape[1]]
-    loss = objective.loss(velocity, batch.latents, noise, mx.ones_like(sigma), batch.mask).item()
+    loss = objective.loss(velocity, batch.latents, noise, mx.ones_like(sigma), batch.mask)
+    mx.eval(loss)
     transformer.pieces.settle()
     return float(loss)

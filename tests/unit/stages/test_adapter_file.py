@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -246,7 +245,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
-def test_faults_are_named(tmp_path: Path, spoil: Callable[[Values], None]) -> None:
+def test_faults_are_named(tmp_path: Path, spoil) -> None:
     path = "transformer_blocks.0.attn.to_q"
     values = named({path: factors()[path]}, "transformer.{}.<lora_A|lora_B>.weight")
     spoil(values)

@@ -128,8 +128,8 @@ def test_prodigy_finds_the_distance_by_itself() -> None:
     rule = Optimizer(options, values)
     for step in range(200):
         values = rule.update(values, {"x": mx.sign(values["x"] - 10.0)}, step)
-    assert 2 < rule.state()["d"].item() < 20
-    assert mx.abs(values["x"] - 10).max().item() < 4
+    assert 2 < float(rule.state()["d"]) < 20
+    assert float(mx.abs(values["x"] - 10).max()) < 4
 
 
 def test_prodigy_waits_for_a_gradient() -> None:
@@ -152,7 +152,7 @@ def test_each_rule_goes_down_on_a_quadratic(rule) -> None:
     update = Optimizer(options, values)
 
     def size() -> float:
-        return sum(mx.sum(mx.square(value)).item() for value in values.values())
+        return sum(float(mx.sum(mx.square(value))) for value in values.values())
 
     before = size()
     for step in range(150):
