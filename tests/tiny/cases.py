@@ -19,7 +19,7 @@ class Case:
     """[B, T, C] float32."""
     sigma: np.ndarray
     """[B] float32 in [0, 1]."""
-    guidance: np.ndarray | None
+    guidance: np.ndarray | None = None
     """[B] float32, or None."""
     noise: np.ndarray
     """[B, L, 128] float32, for the training objective."""
@@ -48,8 +48,8 @@ def draw(
     return Case(
         latents=normal(batch, rows, 128),
         context=2 * normal(batch, text, context_width),
-        sigma=np.float32(sigma),
-        guidance=None if guidance is None else np.float32(guidance),
+        sigma=np.asarray(sigma, np.float32),
+        guidance=None if guidance is None else np.asarray(guidance, np.float32),
         noise=normal(batch, rows, 128),
         latent_ids=np.concatenate([_image_ids(grid, 10 * t) for t, grid in enumerate(grids)]),
         text_ids=np.stack([np.zeros(text)] * 3 + [np.arange(text)], axis=-1).astype(np.int32),
@@ -70,7 +70,7 @@ def flat(case: Case, prefix: str) -> dict[str, np.ndarray]:
 
 def from_flat(arrays: Mapping[str, np.ndarray]) -> Case:
     """The case whose arrays have these names; others are ignored."""
-    return Case(**{field.name: arrays.get(field.name) for field in fields(Case)})
+    return Case(**{field.name: arrays[field.name] for field in fields(Case) if field.name in arrays})
 
 
 def steps(case: Case, sigmas: np.ndarray, noises: np.ndarray) -> list[Case]:
