@@ -76,16 +76,17 @@ def layer_packings(tensors: Tensors, number: int, spec: TextSpec) -> dict[str, P
 
 
 def encoder_identity(tensors: Tensors, spec: TextSpec) -> str:
-    """Identity of a text encoder: the tensors up to the last tap, and what its numerics read from the config."""
-    config: dict[str, object] = {
+    """Identity of a text encoder: the tensors up to the last tap, and what its numerics read from the config.
+
+    How a matrix is packed follows from the types and shapes of its tensors, which are in.
+    """
+    config = {
         "heads": spec.heads,
         "kv_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "rope_theta": repr(spec.rope_theta),
         "eps": repr(spec.eps),
     }
-    if found := encoder_packings(tensors, spec):
-        config["packed"] = {path: [p.bits, p.group_size, p.mode] for path, p in found.items()}
     return identity.weights_identity(tensors, tensors.info, config)
 
 

@@ -13,6 +13,8 @@ from tiny.project import Outcome, Project, relay
 from flux2_relay import cache
 from flux2_relay.stages import spec
 from flux2_relay.stages.catalogue import CATALOGUE, SOURCES
+from flux2_relay.stages.encode import stage
+from flux2_relay.stages.encode.layout import text_layout
 
 
 @pytest.fixture
@@ -121,7 +123,11 @@ def test_single_files_fill_a_store_with_the_same_keys(single: Callable, dev: Pat
     assert outcome.status == 0, outcome.said
 
 
-def test_a_packed_encoder_is_said_to_keep_its_bits(single: Callable, dev: Path, tmp_path: Path) -> None:
+def test_a_packed_encoder_is_said_to_keep_its_bits(
+    single: Callable, dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(stage, "text_layout", lambda *given: asked.append(given[3]) or text_layout(*given))
     packed = layouts.pack_encoder(dev / "text_encoder", tmp_path / "packed", {"bits": 4, "group_size": 32})
     project = single(packed)
     outcome = project.relay("encode", "--set", "encode.bits=8")
@@ -129,6 +135,7 @@ def test_a_packed_encoder_is_said_to_keep_its_bits(single: Callable, dev: Path, 
     assert "is packed already (affine 4 bit, groups of 32)" in outcome.said
     assert "only the arithmetic follows, bfloat16" in outcome.said
     assert "text encoder (3 of 5 layers, affine 4 bit, groups of 32, resident)" in outcome.said
+    assert [tensors.source for tensors in asked] == [packed], "memory is planned for what the file has packed"
     store = cache.open(str(project.store), "r")
     key = store.read("text", next(iter(store.keys("text")))).attributes["key"]
     assert key["quant"] == {"bits": 4, "group": 32, "mode": "affine", "source": "file"}
