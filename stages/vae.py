@@ -23,7 +23,7 @@ from flux2_relay.stages.vae_blocks import (
     encoder_layers,
     tensor_shapes,
 )
-from flux2_relay.stages.vae_strips import run
+from flux2_relay.stages.vae_strips import rows_beside, run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,14 @@ class Encoder:
 
     spec: VaeSpec
     weights: Mapping[str, mx.array]
+
+    def strip_rows(self, size: tuple[int, int], budget_bytes: int) -> int | None:
+        """Rows of the strips in which `encode` takes a picture of (width, height), None for the whole.
+
+        InputError says the least budget that works.
+        """
+        shape = (1, size[1], size[0], self.spec.in_channels)
+        return rows_beside(self.weights, encoder_layers(self.spec), shape, budget_bytes)
 
     def encode(self, images: mx.array, budget_bytes: int | None = None) -> mx.array:
         """The mean latents of images, patched and normalised: the posterior's mode, never a sample.

@@ -63,11 +63,18 @@ def run(
 
     x and result as of `vae_blocks.walk`; both ways agree to rounding. InputError says the least budget that works.
     """
-    rows = None
-    if budget_bytes is not None:
-        held = sum(array.nbytes for array in weights.values())
-        rows = rows_for(layers, x.shape, budget_bytes - held, mx.default_device() == mx.Device(mx.gpu))
+    rows = rows_beside(weights, layers, x.shape, budget_bytes)
     return walk(layers, x, weights, groups) if rows is None else walk_strips(layers, x, weights, groups, rows)
+
+
+def rows_beside(
+    weights: Weights, layers: Sequence[Layer], shape: Sequence[int], budget_bytes: int | None
+) -> int | None:
+    """`rows_for` on this device, for what the weights leave of a budget; None is no limit."""
+    if budget_bytes is None:
+        return None
+    held = sum(array.nbytes for array in weights.values())
+    return rows_for(layers, shape, budget_bytes - held, mx.default_device() == mx.Device(mx.gpu))
 
 
 def rows_for(layers: Sequence[Layer], shape: Sequence[int], budget_bytes: int, gpu: bool = False) -> int | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from os import environ
 
 import mlx.core as mx
@@ -221,7 +222,10 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
 def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
     """Encode pictures one at a time -> what is wrong with those that could not be read."""
     encoder = vae.load_encoder(job.folders.root, job.folders.vae)
-    say_loaded("VAE encoder (float32)", job.say)
+    largest = max((want.placement.crop[2:] for want in wants.values()), key=prod)
+    rows = encoder.strip_rows(largest, job.budget_bytes)
+    how = "pictures whole" if rows is None else f"in strips of {rows} rows where pictures are too large to go whole"
+    say_loaded(f"VAE encoder (float32, {how})", job.say)
     bad = []
     with Writer(job.store) as writer:
         for want in tqdm(wants.values(), desc="images", unit="image", dynamic_ncols=True):

@@ -160,3 +160,18 @@ def test_a_budget_changes_how_and_not_what(dev: Path, monkeypatch: pytest.Monkey
         budget = held + strips_bytes(of(half.spec), shape, 8)
         assert_near(np.array(work(given, budget)), np.array(work(given)), 1e-5)
     assert chosen == [8, 8]
+
+
+def test_stage_one_says_how_pictures_go_and_refuses_a_hopeless_budget(
+    encoded: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = encoded(data={"resolutions": [48]})
+    monkeypatch.setattr(vae_strips, "whole_bytes", lambda *_: 1 << 60)
+    outcome = project.relay("encode")
+    assert outcome.status == 0, outcome.said
+    assert "in strips of 128 rows" in outcome.said
+    monkeypatch.setattr(vae_strips, "strips_bytes", lambda *_: 1 << 60)
+    refused = encoded(data={"resolutions": [32]}).relay("encode")
+    assert refused.status == 2
+    assert "memory.budget: " in refused.said
+    assert "the least that works" in refused.said
