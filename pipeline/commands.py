@@ -38,7 +38,7 @@ def encode(config: Config) -> None:
 
 def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job":
     """What stage one is asked to do; the store is opened last, when faults of the data and the model have shown."""
-    from flux2_relay.pipeline.request import set_request
+    from flux2_relay.pipeline.request import data_paths, set_request
     from flux2_relay.stages import folders, memory
     from flux2_relay.stages.encode import stage
     from flux2_relay.stages.encode.dataset import read_samples
@@ -71,6 +71,7 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
         seed=config.run.seed,
         budget_bytes=memory.budget_bytes(config.memory.budget),
         say=say,
+        told={"paths": data_paths(config)},
         store=open_store(),
     )
 

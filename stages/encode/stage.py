@@ -6,7 +6,7 @@ stage two reads. What is in the store already is not encoded again; when nothing
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -65,6 +65,8 @@ class Job:
     seed: int
     budget_bytes: int
     say: Callable[[str], None]
+    told: Mapping[str, object] = field(default_factory=dict)
+    """What is told beside the set and no part of its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
         "samples": want.samples,
         "prompts": want.prompts,
     }
-    return job.store.open_set(job.store.publish_set(body, _made()))
+    return job.store.open_set(job.store.publish_set(body, {**_made(), **job.told}))
 
 
 def _encode_text(

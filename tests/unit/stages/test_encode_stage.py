@@ -100,11 +100,7 @@ def test_a_changed_picture_is_encoded_and_nothing_else(own: Project, monkeypatch
 
 
 def test_a_caption_changed_back_is_trained_on_again(own: Project, no_models: None) -> None:
-    (first,) = {
-        record.key
-        for record in cache.open(own.store).sets()
-        if record.body["request"]["data"][0]["path"] == str(own.data)
-    }
+    (first,) = {record.key for record in cache.open(own.store).sets() if record.made["paths"] == [str(own.data)]}
     (own.data / "3.txt").write_text("a red fox number 1")  # another caption that is there already
     assert own.relay("encode").status == 0
     assert cache.open(own.store).sets()[0].key != first
