@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Products of tiny models are over before a second thread has woken up: on a busy machine two take five times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import flux2_relay.stages  # noqa: F401 - loads a BLAS, which must come before the first import of mlx
 
 sys.path.insert(0, str(Path(__file__).parent))
