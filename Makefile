@@ -53,8 +53,9 @@ oracle: .venv/oracle ## Compare with diffusers, transformers and peft (installs 
 bench: .venv ## Measure speed and memory on this machine
 	@for script in tests/bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-torture: .venv ## Kill encode N times (200) at random moments; nothing acknowledged may be lost
+torture: .venv ## Kill encode N times (200) at random moments: nothing acknowledged may be lost; train 2,000 steps
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)
+	STEPS=2000 $(BIN)/python -m pytest -q tests/unit/pipeline/test_long_run.py
 
 clean: ## Remove what the other targets made, .venv included; stores and runs stay
 	rm -rf .venv .types build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
