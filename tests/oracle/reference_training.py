@@ -45,15 +45,17 @@ def adapted(
 def velocity(model: Flux2Transformer2DModel, case: Case) -> np.ndarray:
     """[B, L, 128], reference rows included."""
     with torch.no_grad():
-        return _velocity(model, case, torch.from_numpy(case.latents)).numpy()
+        return _velocity(model, case, torch.from_numpy(case.latents), case.latent_ids).numpy()
 
 
-def _velocity(model: Flux2Transformer2DModel, case: Case, latents: torch.Tensor) -> torch.Tensor:
+def _velocity(
+    model: Flux2Transformer2DModel, case: Case, latents: torch.Tensor, latent_ids: np.ndarray
+) -> torch.Tensor:
     return model(
         hidden_states=latents,
         encoder_hidden_states=torch.from_numpy(case.context),
         timestep=torch.from_numpy(case.sigma),
-        img_ids=torch.from_numpy(case.latent_ids),
+        img_ids=torch.from_numpy(latent_ids),
         txt_ids=torch.from_numpy(case.text_ids),
         guidance=None if case.guidance is None else torch.from_numpy(case.guidance),
         return_dict=False,
@@ -61,10 +63,17 @@ def _velocity(model: Flux2Transformer2DModel, case: Case, latents: torch.Tensor)
 
 
 def loss(model: Flux2Transformer2DModel, case: Case) -> torch.Tensor:
-    """Rectified flow as in diffusers' own training script, weight 1."""
+    """Rectified flow as in diffusers' own training scripts; mask and item weight are plain weighted means."""
     latents, noise, sigma = (torch.from_numpy(x) for x in (case.latents, case.noise, case.sigma[:, None, None]))
-    prediction = _velocity(model, case, (1 - sigma) * latents + sigma * noise)
-    return ((prediction.float() - (noise - latents).float()) ** 2).reshape(len(latents), -1).mean(1).mean()
+    tokens, ids = (1 - sigma) * latents + sigma * noise, case.latent_ids
+    if case.references is not None and case.reference_ids is not None:
+        tokens = torch.cat([tokens, torch.from_numpy(case.references)], dim=1)
+        ids = np.concatenate([ids, case.reference_ids])
+    prediction = _velocity(model, case, tokens, ids)[:, : latents.shape[1]]
+    of_rows = ((prediction.float() - (noise - latents).float()) ** 2).mean(2)
+    mask = torch.ones_like(of_rows) if case.mask is None else torch.from_numpy(case.mask)
+    of_items = (mask * of_rows).sum(1) / mask.sum(1)
+    return (of_items if case.item_weight is None else of_items * torch.from_numpy(case.item_weight)).mean()
 
 
 def gradients(

@@ -21,6 +21,14 @@ class Case:
     """[B] float32 in [0, 1]."""
     guidance: np.ndarray | None = None
     """[B] float32, or None."""
+    references: np.ndarray | None = None
+    """[B, R, 128] float32: what the training objective puts behind the latents."""
+    reference_ids: np.ndarray | None = None
+    """[R, 4] int32."""
+    mask: np.ndarray | None = None
+    """[B, L] float32: how much each row's error counts."""
+    item_weight: np.ndarray | None = None
+    """[B] float32: how much each item's loss counts."""
     noise: np.ndarray
     """[B, L, 128] float32, for the training objective."""
     latent_ids: np.ndarray
@@ -53,6 +61,22 @@ def draw(
         noise=normal(batch, rows, 128),
         latent_ids=np.concatenate([_image_ids(grid, 10 * t) for t, grid in enumerate(grids)]),
         text_ids=np.stack([np.zeros(text)] * 3 + [np.arange(text)], axis=-1).astype(np.int32),
+    )
+
+
+def for_edits(case: Case, seed: int, grids: Sequence[Grid] = ((3, 2), (1, 4))) -> Case:
+    """The same case with reference images, a mask with holes and a weight for each item."""
+    random = np.random.default_rng(seed)
+    batch, rows = case.latents.shape[:2]
+    references = sum(height * width for height, width in grids)
+    mask = random.uniform(0, 1, (batch, rows)) * (random.uniform(0, 1, (batch, rows)) > 0.3)
+    mask[:, 0] = 1
+    return replace(
+        case,
+        references=random.standard_normal((batch, references, 128), dtype=np.float32),
+        reference_ids=np.concatenate([_image_ids(grid, 10 * t) for t, grid in enumerate(grids, start=1)]),
+        mask=mask.astype(np.float32),
+        item_weight=random.uniform(0.2, 2, batch).astype(np.float32),
     )
 
 

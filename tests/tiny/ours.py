@@ -58,8 +58,10 @@ def gradients(model: Transformer, case: Case) -> tuple[float, Arrays]:
 
 
 def batch(case: Case) -> dict[str, mx.array]:
-    """What the contract calls a batch."""
-    names = ("latents", "context", "latent_ids", "text_ids")
+    """What the contract calls a batch; what the case lacks is left out."""
+    required = ("latents", "context", "latent_ids", "text_ids")
+    optional = ("references", "reference_ids", "mask", "item_weight")
+    names = [name for name in required + optional if getattr(case, name) is not None]
     return dict(zip(names, tensors(case, *names), strict=True))
 
 
