@@ -48,20 +48,42 @@ def name_of(info: TensorInfo) -> tuple[Path, str]:
 
 def is_remembered(tensors: Tensors) -> bool:
     """Whether `weights_identity` would cost next to nothing: every file's digests are known here."""
-    with _Memo() as memo:
-        return all(memo.get(_weights_key(file)) for file in {info.file for info in tensors.info.values()})
+    with Memo() as memo:
+        for file in {info.file for info in tensors.info.values()}:
+            known = json.loads(memo.get(_weights_key(file)) or "{}")
+            if any(name_of(info)[1] not in known for info in tensors.info.values() if info.file == file):
+                return False
+    return True
+
+
+def remember(tensors: Tensors, progress: Callable[[int], None]) -> None:
+    """Hash what `weights_identity` will ask for; `progress` is told bytes. What an interruption leaves is kept."""
+    part: list[TensorInfo] = []
+    infos = sorted(tensors.info.values(), key=lambda info: (info.file, info.start))
+    for number, info in enumerate(infos, start=1):
+        part.append(info)
+        size = sum(one.end - one.start for one in part)
+        if size >= _SMALL or number == len(infos):
+            tensor_digests(part)
+            progress(size)
+            part = []
 
 
 def is_cheap(tensors: Tensors) -> bool:
     """Whether `weights_identity` takes a second at most: known here, or small."""
-    return sum(info.end - info.start for info in tensors.info.values()) < _SMALL or is_remembered(tensors)
+    return size_of(tensors) < _SMALL or is_remembered(tensors)
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes of all tensors in their files."""
+    return sum(info.end - info.start for info in tensors.info.values())
 
 
 def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:
     """The SHA-256 of each tensor's bytes, from memory where the file is the same as before."""
     infos = list(infos)
     found: dict[tuple[Path, str], str] = {}
-    with _Memo() as memo:
+    with Memo() as memo:
         for file in sorted({info.file for info in infos}):
             wanted = [info for info in infos if info.file == file]
             key = _weights_key(file)
@@ -86,7 +108,7 @@ class Findings:
 
     def __enter__(self) -> "Findings":
         """Open the memory."""
-        self._memo, self._new = _Memo().__enter__(), {}
+        self._memo, self._new = Memo().__enter__(), {}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -150,10 +172,11 @@ def _tripwire(file: Path) -> str:
     return digest.hexdigest()
 
 
-class _Memo:
+class Memo:
     """A small table on disk, shared by all processes of the user; every failure of it means "not remembered"."""
 
-    def __enter__(self) -> "_Memo":
+    def __enter__(self) -> "Memo":
+        """Open it, if that can be done."""
         self._db: sqlite3.Connection | None = None
         try:
             memory_folder().mkdir(parents=True, exist_ok=True)
@@ -164,6 +187,7 @@ class _Memo:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Close it."""
         self._close()
 
     def _close(self) -> None:
@@ -172,6 +196,7 @@ class _Memo:
         self._db = None
 
     def get(self, key: str) -> str | None:
+        """What was put under a key, None where nothing was or nothing can be read."""
         if self._db is None:
             return None
         try:
@@ -182,9 +207,11 @@ class _Memo:
         return row[0] if row else None
 
     def put(self, key: str, value: str) -> None:
+        """Remember a value."""
         self.put_all({key: value})
 
     def put_all(self, values: Mapping[str, str]) -> None:
+        """Remember many values in one go: a commit waits for the disk."""
         if self._db is None or not values:
             return
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.stages import folders, names
+from flux2_relay.stages import folders, memory, names
 from flux2_relay.stages.spec import VaeSpec, read_vae_spec
 from flux2_relay.stages.vae_blocks import (
     GROUP_NORM_EPS,
@@ -23,7 +23,7 @@ from flux2_relay.stages.vae_blocks import (
     encoder_layers,
     tensor_shapes,
 )
-from flux2_relay.stages.vae_strips import rows_beside, run
+from flux2_relay.stages.vae_strips import rows_beside, rows_for, run, strips_bytes, whole_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +92,18 @@ def load_decoder(model_dir: Path | str, folder: Path | None = None) -> Decoder:
     _check_groups(folder, spec, spec.decoder_block_out_channels or spec.block_out_channels)
     weights = _read(folder, decoder_tensor_names(spec), ("decoder.", "post_quant_conv."))
     return Decoder(spec=spec, weights=weights)
+
+
+def encoder_peak(spec: VaeSpec, size: tuple[int, int], budget_bytes: int) -> tuple[int | None, int]:
+    """Before weights are read: rows of a strip (None: whole) for a picture of (width, height), and the predicted peak.
+
+    InputError says the least budget that works.
+    """
+    layers, shape = encoder_layers(spec), (1, size[1], size[0], spec.in_channels)
+    weights = 4 * sum(map(math.prod, encoder_tensor_names(spec).values()))
+    rows = rows_for(layers, shape, budget_bytes - weights, memory.is_gpu())
+    above = whole_bytes(layers, shape, memory.is_gpu()) if rows is None else strips_bytes(layers, shape, rows)
+    return rows, weights + above
 
 
 def encoder_tensor_names(spec: VaeSpec) -> Shapes:

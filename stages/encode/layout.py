@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.encode.layers import layer_bytes
 from flux2_relay.stages.encode.options import EncodeOptions
+from flux2_relay.stages.encode.templates import FAMILIES
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
 
 _AT_ONCE = 2  # streamed layers in memory: the one in use and the one being read
+_CACHE_ROWS = 256  # of mlx-lm's KVCache
 _SCRATCH_ROWS = 3  # hidden-wide and MLP-wide temporaries of a batch, counted in MLP-wide rows
 
 
@@ -24,6 +26,20 @@ class TextLayout:
     """Temporaries of one batch."""
     pass_tokens: int
     """Tokens whose hidden states and taps are held while the layers go by."""
+    token_bytes: int
+    """Hidden states and taps of one token."""
+    batch_tokens: int
+    """Tokens that run together."""
+
+    cache_bytes: int
+    """Keys and values that a caption finds before it: its own copy of the shared prefix, in steps of 256 rows."""
+
+    def peak_bytes(self, tokens: int, captions: int) -> int:
+        """Predicted peak of live arrays when `captions` of `tokens` in all go through."""
+        together = min(tokens, self.batch_tokens)
+        scratch = self.scratch_bytes * together // self.batch_tokens
+        scratch += self.cache_bytes * captions * together // max(1, tokens)
+        return self.weights_bytes + scratch + self.token_bytes * min(tokens, self.pass_tokens)
 
     def in_words(self, spec: TextSpec, weights: str) -> str:
         """One line for the log; `weights` says how they are kept."""
@@ -56,5 +72,14 @@ def text_layout(
             f"memory.budget: {in_words(budget_bytes)} is too little for the text encoder; {in_words(smallest)} is the "
             "least that works with this encode.batch_tokens, a smaller one needs less"
         )
+    shares_rows = FAMILIES[spec.family].pads_see == "nothing"
     tokens = max(options.batch_tokens, left // of_token) if streamed else options.batch_tokens
-    return TextLayout(streamed=streamed, weights_bytes=weights, scratch_bytes=scratch, pass_tokens=tokens)
+    return TextLayout(
+        streamed=streamed,
+        weights_bytes=weights,
+        scratch_bytes=scratch,
+        pass_tokens=tokens,
+        token_bytes=of_token,
+        batch_tokens=options.batch_tokens,
+        cache_bytes=2 * item * spec.kv_heads * spec.head_dim * _CACHE_ROWS if shares_rows else 0,
+    )

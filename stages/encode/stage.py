@@ -5,8 +5,8 @@ stage two reads. What is in the store already is not encoded again; when nothing
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
-from flux2_relay.stages import identity, measure, names, vae
+from flux2_relay.stages import figures, identity, measure, names, vae
 from flux2_relay.stages.encode import images, masks, packed
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
@@ -34,7 +34,7 @@ from flux2_relay.stages.encode.entries import (
     Wanted,
     wanted,
 )
-from flux2_relay.stages.encode.layout import text_layout
+from flux2_relay.stages.encode.layout import TextLayout, text_layout
 from flux2_relay.stages.encode.notes import notes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
@@ -43,6 +43,9 @@ from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
 from flux2_relay.stages.weights import Tensors, listing
+
+TextWants = Mapping[str, Mapping[str, object]]
+"""Text entries to be made: key -> key object."""
 
 _ROUNDS = 3  # how often entries that vanish while we encode are made again before we give up
 
@@ -101,10 +104,9 @@ def encode(job: Job) -> Encoded:
             break
         bad = _encode_masks(job, {key: want.masks[key] for key in missing.get("masks", ())})
         if keys := missing.get("text"):
-            texts = {key: want.text[key] for key in keys}
-            in_turn("text encoder", partial(_encode_text, job, text_spec, tokenizer, texts), job.say)
+            _text_in_turn(job, text_spec, tokenizer, {key: want.text[key] for key in keys})
         if keys := missing.get("latents"):
-            bad += in_turn("VAE encoder", partial(_encode_latents, job, {k: want.latents[k] for k in keys}), job.say)
+            bad += _latents_in_turn(job, vae_spec, {key: want.latents[key] for key in keys})
         missing = job.store.missing(record, patient=False)
         if bad:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
@@ -131,7 +133,7 @@ def identities(
 ) -> tuple[TextIdentity, LatentsIdentity]:
     """What the keys say of both models; hashes weights that this machine has not hashed before."""
     if not identity.is_remembered(tensors):
-        size = sum(info.end - info.start for info in tensors.info.values())
+        size = identity.size_of(tensors)
         job.say(f"hashing {measure.in_words(size)} of text encoder weights (once on this machine)")
     if packing := packed.summary(encoder_packings(tensors, text_spec)):
         compute = "float32" if job.encode.bits == 32 else "bfloat16"
@@ -139,19 +141,31 @@ def identities(
             f"{tensors.source}: is packed already ({packing.in_words()}) and stays so; of encode.bits "
             f"{job.encode.bits} only the arithmetic follows, {compute}"
         )
-    text = TextIdentity(
-        encoder=encoder_identity(tensors, text_spec),
+    text = text_identity(job, text_spec, tokenizer, packing, encoder_identity(tensors, text_spec))
+    return text, latents_identity(job, vae_spec)
+
+
+def text_identity(
+    job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, packing: packed.Packing | None, encoder: str
+) -> TextIdentity:
+    """What the keys of all captions have in common; `encoder` is the identity of the weights."""
+    return TextIdentity(
+        encoder=encoder,
         tokenizer=tokenizer.file_sha256,
         template=tokenizer.template.identity(),
-        taps=text_spec.taps,
-        length=text_spec.length,
+        taps=spec.taps,
+        length=spec.length,
         bits=job.encode.bits,
         packing=packing,
         dtype=job.text_dtype,
         shares_rows=tokenizer.shares_rows,
     )
-    of_vae = vae_identity(names.open_vae(job.folders.vae), vae_spec)
-    return text, LatentsIdentity(vae=of_vae, tf32=uses_tf32(), dtype=job.latents_dtype)
+
+
+def latents_identity(job: Job, spec: VaeSpec) -> LatentsIdentity:
+    """What the keys of all latents have in common."""
+    of_vae = vae_identity(names.open_vae(job.folders.vae), spec)
+    return LatentsIdentity(vae=of_vae, tf32=uses_tf32(), dtype=job.latents_dtype)
 
 
 def vae_identity(tensors: Tensors, spec: VaeSpec) -> str:
@@ -181,12 +195,23 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
     return job.store.open_set(job.store.publish_set(body, {**_made(), **job.told}))
 
 
-def _encode_text(
-    job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: Mapping[str, Mapping[str, object]]
-) -> None:
+def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> None:
     tensors = open_encoder(job.folders.text_encoder, spec)
     packing = packed.summary(encoder_packings(tensors, spec))
     layout = text_layout(spec, job.encode, job.budget_bytes, tensors if packing else None)
+    costs = [tokenizer.cost(str(key["caption"])) for key in wants.values() if key["caption"] is not None]
+    work = partial(_encode_text, job, tokenizer, wants, layout, packing)
+    in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)))
+
+
+def _encode_text(
+    job: Job,
+    tokenizer: CaptionTokenizer,
+    wants: TextWants,
+    layout: TextLayout,
+    packing: packed.Packing | None,
+    spec: TextSpec,
+) -> None:
     encoder = load_text_encoder(
         job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer, layout.streamed
     )
@@ -195,7 +220,7 @@ def _encode_text(
     captions = [str(key["caption"]) for key in wants.values() if key["caption"] is not None]
     by_caption = {key["caption"]: key for key in wants.values()}
     shared = {str(key["rows"]): key for key in wants.values() if key["caption"] is None}
-    total = sum(map(encoder.cost, captions))
+    total, started = sum(map(encoder.cost, captions)), time.perf_counter()
     bar = tqdm(total=total, desc=f"{len(captions)} captions", unit="token", unit_scale=True, dynamic_ncols=True)
     with Writer(job.store) as writer, bar:
         for done in encoder.passes(captions, layout.pass_tokens, job.encode.batch_tokens, partial(_advance, bar)):
@@ -205,6 +230,18 @@ def _encode_text(
             for index, rows in done.rows:
                 made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
                 writer.put("text", by_caption[captions[index]], _stored(rows, job.text_dtype), made)
+    encoder_id = next(iter(wants.values()))["encoder"]
+    figures.note("text tokens", pace_of_text(encoder_id, job.encode, layout), total, time.perf_counter() - started)
+
+
+def pace_of_text(encoder: object, options: EncodeOptions, layout: TextLayout) -> dict[str, object]:
+    """What tokens a second depend on, for `figures`; `encoder` is its identity."""
+    return {"encoder": encoder, "bits": options.bits, "streamed": layout.streamed}
+
+
+def pace_of_vae(spec: VaeSpec) -> dict[str, object]:
+    """The same of the VAE's pixels a second."""
+    return {"vae": asdict(spec)}
 
 
 def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
@@ -221,14 +258,23 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
     return bad
 
 
-def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
+def _latents_in_turn(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> list[str]:
+    _, peak = vae.encoder_peak(spec, largest_of(wants.values()), job.budget_bytes)
+    return in_turn("VAE encoder", partial(_encode_latents, job, spec, wants), job.say, peak)
+
+
+def largest_of(wants: Iterable[LatentsWant]) -> tuple[int, int]:
+    """Width and height of the largest picture."""
+    return max((want.placement.crop[2:] for want in wants), key=prod)
+
+
+def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> list[str]:
     """Encode pictures one at a time -> what is wrong with those that could not be read."""
     encoder = vae.load_encoder(job.folders.root, job.folders.vae)
-    largest = max((want.placement.crop[2:] for want in wants.values()), key=prod)
-    rows = encoder.strip_rows(largest, job.budget_bytes)
+    rows = encoder.strip_rows(largest_of(wants.values()), job.budget_bytes)
     how = "pictures whole" if rows is None else f"in strips of {rows} rows where pictures are too large to go whole"
     say_loaded(f"VAE encoder (float32, {how})", job.say)
-    bad = []
+    bad, pixels_done, started = [], 0, time.perf_counter()
     with Writer(job.store) as writer:
         for want in tqdm(wants.values(), desc="images", unit="image", dynamic_ncols=True):
             try:
@@ -238,6 +284,8 @@ def _encode_latents(job: Job, wants: Mapping[str, LatentsWant]) -> list[str]:
                 bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")
                 continue
             writer.put("latents", want.key, _stored(latents, job.latents_dtype), _made())
+            pixels_done += prod(want.placement.crop[2:])
+    figures.note("pixels", pace_of_vae(spec), pixels_done, time.perf_counter() - started)
     return bad
 
 

@@ -89,6 +89,10 @@ class CaptionTokenizer:
         """What follows the constant prefix."""
         return ids[len(self.prefix) :]
 
+    def cost(self, caption: str) -> int:
+        """Tokens that a caption sends through the encoder's layers."""
+        return len(self.own(self.ids(caption))) if self.shares_rows else self.length
+
     def special_spellings(self) -> frozenset[str]:
         """What stands for a token of its own wherever a caption spells it."""
         return frozenset(token.content for token in self.tokenizer.get_added_tokens_decoder().values())

@@ -69,7 +69,7 @@ class TextEncoder:
 
     def cost(self, caption: str) -> int:
         """Tokens that a caption sends through the layers."""
-        return len(self._own(caption)) if self.tokenizer.shares_rows else self.spec.length
+        return self.tokenizer.cost(caption)
 
     def passes(
         self,
@@ -90,7 +90,9 @@ class TextEncoder:
             groups = [self._group(indices, own, shared) for indices in self._together(part, own, costs, batch_tokens)]
             self._run([*shared, *groups], progress)
             named = {name: rows.tapped()[0] for name, rows in zip(("prefix", "pad"), shared, strict=False)}
-            yield Pass([result for group in groups for result in group.results()], named)
+            results = [result for group in groups for result in group.results()]
+            groups.clear()  # the taps then live in the results alone, which let go of them group by group
+            yield Pass(results, named)
 
     def _own(self, caption: str) -> list[int]:
         return self.tokenizer.own(self.tokenizer.ids(caption))

@@ -81,11 +81,32 @@ def test_a_file_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
     assert not identity.is_remembered(tensors)
     first = identity.weights_identity(tensors, ["t0", "t1"], {})
     assert sorted(hashed) == ["t0", "t1"]
-    assert identity.is_remembered(tensors)
+    assert identity.is_remembered(Tensors(tensors.source, {name: tensors.info[name] for name in ("t0", "t1")}))
+    assert not identity.is_remembered(tensors)
     assert identity.weights_identity(open_tensors(tmp_path / "x"), ["t0", "t1"], {}) == first
     assert len(hashed) == 2
     of(tensors)
     assert sorted(hashed) == sorted(VALUES)  # what was known is kept when the rest is hashed
+
+
+def test_hashing_beforehand_tells_its_bytes_and_keeps_what_an_interruption_leaves(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = save(tmp_path / "x", VALUES)
+    monkeypatch.setattr(identity, "_SMALL", 1)  # each tensor is a part of its own
+
+    def stop(size: int) -> None:
+        if len(hashed) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        identity.remember(tensors, stop)
+    assert not identity.is_remembered(tensors)
+    told: list[int] = []
+    identity.remember(tensors, told.append)
+    assert identity.is_remembered(tensors)
+    assert sum(told) == identity.size_of(tensors)
+    assert sorted(hashed) == sorted(VALUES), "none twice"
 
 
 @pytest.mark.parametrize("at", [0.002, 0.5, 1.0])
@@ -156,7 +177,7 @@ def test_a_small_file_is_hashed_once(tmp_path: Path, memory: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
     assert identity.file_sha256(path) == hashlib.sha256(b"one").hexdigest()
-    with identity._Memo() as memo:
+    with identity.Memo() as memo:
         memo.put("file|" + identity._facts(path), "remembered")
     assert identity.file_sha256(path) == "remembered"
     path.write_bytes(b"other")
