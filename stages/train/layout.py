@@ -7,7 +7,7 @@ Letters: R rows of a step's pass (batch times text and image tokens), D hidden, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from flux2_relay.cache.errors import InputError
@@ -56,6 +56,7 @@ class Layout:
     """The decisions, and the peak that they lead to."""
 
     bits: Literal[32, 16, 8, 6, 4]
+    rows: int  # text and image tokens of the largest item
     resident: int  # blocks in memory
     blocks: int
     ahead: int  # blocks being read
@@ -83,6 +84,13 @@ class Layout:
             f"{self.bits} bit, {where}, {self.keep} blocks keep their projections{chunks}; "
             f"predicted peak {in_words(self.peak_bytes)} ({parts})"
         )
+
+
+def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[str, object]:
+    """What seconds a step depend on, for `figures`."""
+    decided = {name: getattr(layout, name) for name in ("bits", "rows", "resident")}
+    asked = {name: getattr(train, name) for name in ("batch", "accumulate", "dtype")}
+    return {"transformer": asdict(spec), **decided, **asked}
 
 
 def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_bytes: int) -> Layout:
@@ -145,6 +153,7 @@ def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: i
     }
     return Layout(
         bits=bits,  # pyright: ignore[reportArgumentType] - one of the options' values
+        rows=load.rows,
         resident=resident,
         blocks=spec.blocks,
         ahead=ahead,

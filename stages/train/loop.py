@@ -4,12 +4,15 @@ One step: read the batches, predict, compare, update; every so often a checkpoin
 latents (the VAE is another process). `train` needs a `Job` and tells a `Journal` what happens; it knows no config file.
 """
 
+import time
 from functools import partial
+from statistics import median
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from flux2_relay.cache.errors import RelayError
+from flux2_relay.stages import figures
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
@@ -19,12 +22,13 @@ from flux2_relay.stages.train import checkpoint, init, lora, optimizer, validati
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
-from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for
+from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for, pace_of
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
 from flux2_relay.stages.train.transformer import Transformer, load_transformer
 
+_WARM_UP = 2  # steps in which kernels are compiled and buffers are made
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse; without a limit they grow with every new shape
 
 
@@ -61,16 +65,24 @@ def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layo
         transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence)
     transformer.keep, transformer.attention_heads = layout.keep, layout.heads
     say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", journal.say)
+    pace: list[float] = []
     try:
-        done = train(job, transformer, journal)
+        done = train(job, transformer, journal, pace)
     finally:
         transformer.residence.close()
+    if len(pace) > _WARM_UP:
+        seconds = sum(pace[_WARM_UP:])
+        usual = median(pace[_WARM_UP:])  # without validation, checkpoints and previews, which are due now and then
+        figures.note("steps", pace_of(spec, layout, job.train), seconds / usual, seconds)
     journal.say(f"memory: predicted peak {in_words(layout.peak_bytes)}, measured {in_words(peak_bytes())}")
     return done
 
 
-def train(job: Job, transformer: Transformer, journal: Journal) -> int:
-    """Train until `train.steps`, `max_steps` or `stop`, from the newest checkpoint where there is one -> steps done."""
+def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float] | None = None) -> int:
+    """Train until `train.steps`, `max_steps` or `stop`, from the newest checkpoint where there is one -> steps done.
+
+    `pace` gets the seconds of each step.
+    """
     mx.set_cache_limit(_CACHE_BYTES)
     body, held_out = validation.split(job.record.body, job.validation.fraction)
     contexts = open_contexts(job.store, body, transformer.spec.context_width)
@@ -83,20 +95,22 @@ def train(job: Job, transformer: Transformer, journal: Journal) -> int:
     )
     with in_plain_words(lambda: f"No checkpoint was written of it: {under_way.where_to_go_on()}."):
         try:
-            _steps(under_way, Batches(body, job.train, job.seed), contexts)
+            _steps(under_way, Batches(body, job.train, job.seed), contexts, [] if pace is None else pace)
             under_way.finish()
         except OSError as error:
             raise RelayError(f"reading or writing failed: {error}. {under_way.where_to_go_on()}") from error
     return under_way.done
 
 
-def _steps(under_way: Run, batches: Batches, contexts: Contexts) -> None:
+def _steps(under_way: Run, batches: Batches, contexts: Contexts, pace: list[float]) -> None:
     job = under_way.job
     first = under_way.begin()
     last = job.train.steps if job.max_steps is None else min(job.train.steps, first + job.max_steps)
     with tqdm(total=job.train.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar:
         for loaded in load_ahead(batches, job.store, contexts, first, last):
+            started = time.perf_counter()
             loss = under_way.step(loaded)
+            pace.append(loaded.wait_seconds + time.perf_counter() - started)
             bar.set_postfix(loss="skipped" if loss is None else f"{loss:.4f}", refresh=False)
             bar.update()
             if wishes.is_asked(job.folder, wishes.SAVE) and under_way.saved != under_way.done:
