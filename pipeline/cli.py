@@ -48,7 +48,10 @@ def encode(config_file: Path, settings: tuple[str, ...]) -> None:
     "--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on from the newest checkpoint."
 )
 def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, resume: str) -> None:
-    """Stage two: train a LoRA from the store."""
+    """Stage two: train a LoRA from the store.
+
+    While it runs, a file named .save in the run folder asks for a checkpoint, .stop for one and the end.
+    """
     from flux2_relay.pipeline import commands, config
 
     loaded = config.load_config(config_file, settings)
