@@ -115,5 +115,5 @@ def _steps(under_way: Run, batches: Batches, contexts: Contexts, pace: list[floa
             bar.update()
             if wishes.is_asked(job.folder, wishes.SAVE) and under_way.saved != under_way.done:
                 under_way.save()
-            if job.stop() or wishes.is_asked(job.folder, wishes.STOP):
+            if wishes.is_asked(job.folder, wishes.STOP) or job.stop():  # the file goes away in any case
                 break
