@@ -4,6 +4,10 @@ cli.py         the command line
 commands.py    what each command does: the config taken apart and handed to one stage
 cache_*.py     `relay cache`: its command line, what it does, why an entry is stale, one entry whole for others
 models.py      `relay models`: what is known, what is found where
+plan*.py       `relay plan`: what both stages would do and take, and how it is told
+lacking.py     which entries a store lacks for a config, and why
+check.py       `relay check`: the acceptance test
+labels.py      labels and wrapped sentences on a terminal
 place.py       which store such a command is about
 config.py      the config file: nests the options that each component declares
 schema.py      YAML into dataclasses, a line number for every fault

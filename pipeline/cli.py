@@ -60,6 +60,30 @@ def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, r
 
 
 @cli.command()
+@config_options
+@click.option("--hash", "hash_weights", is_flag=True, help="Hash the text encoder's weights if they are not known yet.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(config_file: Path, settings: tuple[str, ...], hash_weights: bool, as_json: bool) -> None:
+    """What encode and train would do and take; loads no weights and makes nothing."""
+    from flux2_relay.pipeline import config, plan
+
+    plan.show(config.load_config(config_file, settings), hash_weights, as_json)
+
+
+@cli.command()
+@config_options
+@click.option("--steps", type=click.IntRange(min=1), help="Also train so many steps on trial; 500 is the long form.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(config_file: Path, settings: tuple[str, ...], steps: int | None, as_json: bool) -> None:
+    """Test the model against the store: shapes, loss against its bounds, stability; exit status 1 for a no."""
+    from flux2_relay.pipeline import check, config
+
+    with signals.finish_the_step() as stop:
+        if not check.run(config.load_config(config_file, settings), steps or 0, as_json, stop):
+            sys.exit(1)
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def decode(run: Path) -> None:
     """Decode the preview latents of RUN to PNG, with a contact sheet."""

@@ -4,6 +4,7 @@ A stage is imported when its command runs and never beside another: each is its 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,12 @@ from flux2_relay.pipeline.run_folder import RunFolder, say
 
 if TYPE_CHECKING:
     from flux2_relay.cache import Store
+    from flux2_relay.cache.sets import SetRecord
     from flux2_relay.stages.catalogue import PartName
     from flux2_relay.stages.encode import stage
     from flux2_relay.stages.folders import ModelFolders
     from flux2_relay.stages.spec import TransformerSpec
+    from flux2_relay.stages.train.job import Job as TrainJob
 
 
 def encode(config: Config) -> None:
@@ -27,7 +30,7 @@ def encode(config: Config) -> None:
     from flux2_relay import cache
     from flux2_relay.stages.encode import stage
 
-    _say_blas()
+    say_blas()
     job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
     done = stage.encode(job)
     say(
@@ -76,14 +79,22 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
     )
 
 
-def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
-    """Stage two."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """What stage two works with: a complete set of a store, and a transformer that fits it."""
+
+    store: "Store"
+    record: "SetRecord"
+    places: "ModelFolders"
+    spec: "TransformerSpec"
+    distilled: bool
+
+
+def ready(config: Config) -> Ready:
+    """Find set and transformer; InputError says what is missing or does not fit."""
     from flux2_relay import cache
     from flux2_relay.pipeline.request import find_set
     from flux2_relay.stages import folders
-    from flux2_relay.stages.train import loop
-    from flux2_relay.stages.train import resume as resuming
-    from flux2_relay.stages.train.job import Job
 
     store = cache.open(config.cache.path, "r")
     record = find_set(store, config)
@@ -98,19 +109,17 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
     _require(config, places, "transformer")
     spec, distilled = _check_model(config, places)
     _check_encoder(places, record.body["identities"]["encoder"])
-    facts = flat(config)
-    changes = resuming.check(config.run.folder, facts, resuming.digest_of_data(record.body)) if resume else []
-    run = run_folder.create(config, resume)
-    for sentence in changes:
-        run.say(sentence)
-    if _is_finished(run, config.train.steps):
-        say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
-        return
-    _say_blas()
-    job = Job(
-        store=store,
-        record=record,
-        folder=run.path,
+    return Ready(store=store, record=record, places=places, spec=spec, distilled=distilled)
+
+
+def train_job(config: Config, given: Ready, folder: Path) -> "TrainJob":
+    """What stage two is asked to do: a fresh run in `folder` without an end before its last step."""
+    from flux2_relay.stages.train.job import Job
+
+    return Job(
+        store=given.store,
+        record=given.record,
+        folder=folder,
         seed=config.run.seed,
         lora=config.lora,
         train=config.train,
@@ -118,15 +127,33 @@ def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[]
         save=config.save,
         previews=config.previews,
         memory=config.memory,
-        distilled=distilled,
-        metadata=_metadata(config, record.key),
-        config=facts,
-        resume=resume,
-        max_steps=max_steps,
-        stop=stop,
+        distilled=given.distilled,
+        metadata=_metadata(config, given.record.key),
+        config=flat(config),
+        resume=False,
+        max_steps=None,
+        stop=lambda: False,
     )
+
+
+def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
+    """Stage two."""
+    from flux2_relay.stages.train import loop
+    from flux2_relay.stages.train import resume as resuming
+
+    given = ready(config)
+    data = resuming.digest_of_data(given.record.body)
+    changes = resuming.check(config.run.folder, flat(config), data) if resume else []
+    run = run_folder.create(config, resume)
+    for sentence in changes:
+        run.say(sentence)
+    if _is_finished(run, config.train.steps):
+        say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
+        return
+    say_blas()
+    job = replace(train_job(config, given, run.path), resume=resume, max_steps=max_steps, stop=stop)
     with events.journal(run, config.log.tensorboard) as journal:
-        done = loop.run(job, places, spec, journal)
+        done = loop.run(job, given.places, given.spec, journal)
     say(f"{done} of {config.train.steps} steps done; the adapter is {run.adapter}")
 
 
@@ -136,7 +163,7 @@ def decode(path: Path) -> None:
     from flux2_relay.stages.decode import stage
 
     run, config = run_folder.open_run(path)
-    _say_blas()
+    say_blas()
     model = config.model
     budget_bytes = memory.budget_bytes(config.memory.budget)
     made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say, budget_bytes)
@@ -221,7 +248,8 @@ def _metadata(config: Config, key: str) -> dict[str, str]:
     }
 
 
-def _say_blas() -> None:
+def say_blas() -> None:
+    """Tell which library multiplies."""
     from flux2_relay.stages import blas
 
     say(blas.describe())

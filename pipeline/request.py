@@ -18,7 +18,7 @@ from flux2_relay.cache.errors import InputError, StoreError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.pipeline.config import Config
 from flux2_relay.stages.encode.companions import ALPHA
-from flux2_relay.stages.encode.dataset import Sample, read_samples
+from flux2_relay.stages.encode.dataset import DataOptions, Sample, read_samples
 from flux2_relay.stages.train.options import PromptOptions
 
 _LOOKED_AT = 8  # pictures compared with a set that was encoded from other folders
@@ -30,7 +30,7 @@ def set_request(config: Config) -> dict[str, object]:
     parts = {"path": model.path, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "vae": model.vae}
     return {
         "model": {key: None if path is None else _last(path) for key, path in parts.items()},
-        "data": [_data(options) for options in map(asdict, config.data)],
+        "data": [_data(options) for options in config.data],
         "encode": {"bits": config.encode.bits},
         "cache": {"dtype": config.cache.dtype, "latents_dtype": config.cache.latents_dtype},
         "prompts": [_prompt(picture) for picture in config.previews.pictures()],
@@ -59,13 +59,10 @@ def _prompt(picture: PromptOptions) -> list[object]:
     return [picture.prompt, picture.negative or "", *([names, list(picture.size or ())] if names else [])]
 
 
-def _data(options: Mapping[str, object]) -> dict[str, object]:
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    values["path"] = _last(str(options["path"]))
-    if options["masks"] not in (None, ALPHA):
-        values["masks"] = _last(str(options["masks"]))
-    values["references"] = [_last(path) for path in values["references"]]
-    return values
+def _data(options: DataOptions) -> dict[str, object]:
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()}
+    masks = options.masks if options.masks in (None, ALPHA) else _last(options.masks)
+    return {**values, "path": _last(options.path), "masks": masks, "references": list(map(_last, options.references))}
 
 
 def find_set(store: Store, config: Config) -> SetRecord:

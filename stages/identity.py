@@ -56,7 +56,7 @@ def is_remembered(tensors: Tensors) -> bool:
     return True
 
 
-def remember(tensors: Tensors, progress: Callable[[int], None]) -> None:
+def remember(tensors: Tensors, progress: Callable[[int], object]) -> None:
     """Hash what `weights_identity` will ask for; `progress` is told bytes. What an interruption leaves is kept."""
     part: list[TensorInfo] = []
     infos = sorted(tensors.info.values(), key=lambda info: (info.file, info.start))

@@ -18,6 +18,8 @@ batches.py      which items make up which step, read ahead
 loop.py         the stage: step by step
 job.py          what it is given, and whom it tells
 running.py      a run under way
+acceptance.py   whether the store holds what the transformer was trained on
+trial.py        the same, and a training on trial
 validation.py   the loss on what is held out
 wishes.py       files that ask a run for something
 sample.py       from noise to latents

@@ -18,7 +18,7 @@ from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import checkpoint, init, lora, optimizer, validation, wishes
+from flux2_relay.stages.train import acceptance, checkpoint, init, lora, optimizer, validation, wishes
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
@@ -29,6 +29,7 @@ from flux2_relay.stages.train.running import Run
 from flux2_relay.stages.train.transformer import Transformer, load_transformer
 
 _WARM_UP = 2  # steps in which kernels are compiled and buffers are made
+_WORTH_A_LOOK = 50  # steps from which on the short acceptance test costs next to nothing
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse; without a limit they grow with every new shape
 
 
@@ -42,12 +43,13 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal
         init.read(job.lora, spec)
     if sentence := optimizer.advice(job.train):
         journal.say(sentence)
-    layout = _layout(job, spec)
+    layout = layout_of(job, spec)
     journal.say(f"memory: {layout.in_words()}")
     return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)
 
 
-def _layout(job: Job, spec: TransformerSpec) -> Layout:
+def layout_of(job: Job, spec: TransformerSpec) -> Layout:
+    """How the training fits the memory budget; InputError says the smallest that works."""
     adapter = lora.size(spec, job.lora)
     rows = open_contexts(job.store, job.record.body, spec.context_width).length
     options = LayoutOptions(train=job.train, memory=job.memory)
@@ -58,15 +60,22 @@ def _has_checkpoint(job: Job) -> bool:
     return job.resume and bool(checkpoint.saved(job.checkpoints))
 
 
-def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal) -> int:
+def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal) -> Transformer:
+    """The transformer as the layout has it, without adapters."""
     dtype = mx.float32 if job.train.dtype == "float32" else mx.bfloat16
     residence = partial(Streamed, resident=layout.resident, ahead=layout.ahead) if layout.streamed else Resident
     with in_plain_words(lambda: "Nothing was changed."):
         transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence)
     transformer.keep, transformer.attention_heads = layout.keep, layout.heads
     say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", journal.say)
+    return transformer
+
+
+def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal) -> int:
+    transformer = load(job, folders, spec, layout, journal)
     pace: list[float] = []
     try:
+        _warn(job, transformer, journal)
         done = train(job, transformer, journal, pace)
     finally:
         transformer.residence.close()
@@ -76,6 +85,16 @@ def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layo
         figures.note("steps", pace_of(spec, layout, job.train), seconds / usual, seconds)
     journal.say(f"memory: predicted peak {in_words(layout.peak_bytes)}, measured {in_words(peak_bytes())}")
     return done
+
+
+def _warn(job: Job, transformer: Transformer, journal: Journal) -> None:
+    """Say what is wrong with model or store before a fresh run of some length; its price is that of two steps."""
+    if job.train.steps < _WORTH_A_LOOK or _has_checkpoint(job):
+        return
+    contexts = open_contexts(job.store, job.record.body, transformer.spec.context_width)
+    for finding in acceptance.short(transformer, job.record.body, contexts, job.train.guidance):
+        if finding.level == "no":
+            journal.say(f"warning: {finding.about}: {finding.sentence}")
 
 
 def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float] | None = None) -> int:

@@ -104,7 +104,7 @@ def found(project: Project) -> list:
 
 
 def test_every_path_counts_by_its_last_part(dev: Path, tmp_path: Path) -> None:
-    def of(parent: str, **changes: dict) -> dict:
+    def of(parent: str, **changes: object) -> dict:
         data = {"path": f"{parent}/fox/", "masks": f"{parent}/masks", "references": [f"{parent}/before"]}
         prompt = {"prompt": "a fox", "references": [f"{parent}/9.png"]}
         project = Project(tmp_path, Path(parent) / "dev", Path(parent) / "fox").write(

@@ -1,0 +1,226 @@
+"""`relay plan`: what `encode` and `train` would do and take, before a weight is read. Makes nothing.
+
+Weights that are large and were never hashed on this machine have an "unknown identity" unless `--hash` is given.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from flux2_relay import cache
+from flux2_relay.cache import Store
+from flux2_relay.cache.errors import InputError
+from flux2_relay.cache.nodes import Folder
+from flux2_relay.cache.sets import SetRecord
+from flux2_relay.pipeline import commands, lacking
+from flux2_relay.pipeline.cache_commands import print_json
+from flux2_relay.pipeline.config import Config
+from flux2_relay.pipeline.lacking import Entries
+from flux2_relay.pipeline.plan_text import Data, Disk, Encoding, Plan, Training, write
+from flux2_relay.pipeline.request import find_set, set_request
+from flux2_relay.stages import figures, folders, identity, memory, spec
+from flux2_relay.stages.encode import forecast
+from flux2_relay.stages.encode.forecast import Forecast
+from flux2_relay.stages.encode.stage import Job
+from flux2_relay.stages.train import checkpoint, lora
+from flux2_relay.stages.train.batches import Item, items
+from flux2_relay.stages.train.layout import LayoutOptions, layout_for, pace_of
+from flux2_relay.stages.train.optimizer import moments
+from flux2_relay.stages.weights import Tensors
+
+if TYPE_CHECKING:
+    from flux2_relay.stages.folders import ModelFolders
+
+_KEPT_FREE = 1 << 30  # bytes of a disk that nobody should count on
+
+
+def show(config: Config, hash_weights: bool, as_json: bool) -> None:
+    """Find out and tell; InputError, after all that can be told, for what stands in the way."""
+    plan = make(config, hash_weights)
+    if as_json:
+        print_json(as_object(plan))
+    else:
+        write(plan)
+    if plan.faults:
+        raise InputError("\n".join(plan.faults))
+
+
+def as_object(plan: Plan) -> dict[str, object]:
+    """The plan in plain values."""
+    told = asdict(plan)
+    if plan.training is not None:
+        layout = plan.training.layout
+        told["training"]["layout"] |= {"peak_bytes": layout.peak_bytes, "in_words": layout.in_words()}
+    if plan.encoding is not None:
+        for kind, entries in plan.encoding.entries.items():
+            told["encoding"]["entries"][kind]["missing"] = len(entries.missing)
+    return told
+
+
+def make(config: Config, hash_weights: bool) -> Plan:
+    """Find everything out."""
+    model = config.model
+    places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
+    store, exists = _peek(config.cache.path)
+    record = _record(store, config) if exists else None
+    faults: list[str] = []
+    encoding, known, to_store = None, None, 0
+    if record is None or not _is_training_machine(config, places):
+        job = commands.encode_job(config, lambda: store)
+        known = forecast.forecast(job, _hash if hash_weights else None)
+        encoding = _encoding(job, known, store if exists else None, config, faults)
+        missing = {kind: entries.missing for kind, entries in encoding.entries.items()}
+        to_store = forecast.stored_bytes(job, known, missing, config.cache.codec)
+    training = _training(config, places, known, record, faults)
+    return Plan(
+        model=f"{spec.name_of(places) or 'a model that is not in the catalogue'}, {places.root}",
+        store=store.name,
+        store_exists=exists,
+        budget_bytes=memory.budget_bytes(config.memory.budget),
+        encoding=encoding,
+        training=training,
+        disks=_disks(config, to_store, training.disk_bytes if training else 0),
+        faults=tuple(faults),
+    )
+
+
+def _peek(path: str) -> tuple[Store, bool]:
+    """The store, and whether there is one; where there is none, it only has a name."""
+    root = Path(path).expanduser()
+    if "://" in path or root.exists():
+        return cache.open(path), True
+    return Store(Folder(root.resolve())), False
+
+
+def _record(store: Store, config: Config) -> SetRecord | None:
+    try:
+        return find_set(store, config)
+    except InputError:
+        return None
+
+
+def _is_training_machine(config: Config, places: "ModelFolders") -> bool:
+    """Whether stage one cannot run here: no data or no encoders."""
+    is_data_here = all(Path(options.path).expanduser().exists() for options in config.data)
+    return not is_data_here or any(part != "transformer" for part in places.missing())
+
+
+def _hash(tensors: Tensors) -> None:
+    """Hash weights with a bar."""
+    size = identity.size_of(tensors)
+    with tqdm(total=size, desc="hashing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        identity.remember(tensors, bar.update)
+
+
+def _encoding(job: Job, known: Forecast, store: Store | None, config: Config, faults: list[str]) -> Encoding:
+    entries = _compare(job, known, store, set_request(config))
+    captions = images = None
+    try:
+        if entries["text"].missing:
+            captions = forecast.text_phase(job, known, entries["text"].missing)
+        if entries["latents"].missing:
+            images = forecast.image_phase(job, known, entries["latents"].missing)
+    except InputError as error:
+        faults.append(f"encode: {error}")
+    survey = known.survey
+    return Encoding(
+        data=Data(
+            pictures=len(job.samples),
+            captions=sum(len(sample.captions) for sample in job.samples),
+            buckets=tuple((width, height, count) for (width, height), count in survey.buckets.items()),
+            remarks=(*list(survey.lines())[len(survey.buckets) :], *known.notes),
+        ),
+        text_encoder=known.encoder,
+        to_hash_bytes=0 if known.encoder else identity.size_of(known.tensors),
+        entries=entries,
+        captions=captions,
+        images=images,
+    )
+
+
+def _compare(job: Job, known: Forecast, store: Store | None, request: Mapping[str, object]) -> dict[str, Entries]:
+    want, is_open = known.want, known.encoder is None
+    records = store.sets() if store is not None else []
+    previous = next((record for record in records if record.body["request"] == request), None)
+    replaced = lacking.replaced(want.samples, previous)
+    wanted = {
+        "text": want.text,
+        "latents": {key: of.key for key, of in want.latents.items()},
+        "masks": {key: of.key for key, of in want.masks.items()},
+    }
+    return {
+        kind: lacking.compare(
+            store,
+            lacking.Question(kind=kind, wanted=keys, is_open=is_open and kind == "text", replaced=replaced),
+        )
+        for kind, keys in wanted.items()
+        if keys or kind != "masks"
+    }
+
+
+def _training(
+    config: Config, places: "ModelFolders", known: Forecast | None, record: SetRecord | None, faults: list[str]
+) -> Training | None:
+    if not folders.is_there("transformer", places.transformer):
+        faults.append(f"train: {places.transformer} holds no transformer")
+        return None
+    transformer = spec.read_transformer_spec(places.transformer)
+    found, rows = _items(config, known, record)
+    if not found:
+        return None
+    adapter = lora.size(transformer, config.lora)
+    options = LayoutOptions(train=config.train, memory=config.memory)
+    try:
+        layout = layout_for(transformer, found, rows, adapter, options)
+    except InputError as error:
+        faults.append(f"train: {error}")
+        return None
+    saved = checkpoint.saved(config.run.folder / "checkpoints")
+    done = int(saved[-1].name) if saved else 0
+    pace = figures.recall("steps", pace_of(transformer, layout, config.train))
+    left = max(0, config.train.steps - done)
+    of_run = 4 * adapter * (1 + moments(config.train) + (config.train.ema is not None))
+    checkpoints = min(config.save.keep + 1, -(-left // config.save.every) + 1)
+    return Training(
+        steps=config.train.steps,
+        done=done,
+        pictures=len({item.id for item in found}),
+        layout=layout,
+        seconds=left / pace.per_second if pace else None,
+        disk_bytes=checkpoints * of_run + 4 * adapter if left else 0,
+    )
+
+
+def _items(config: Config, known: Forecast | None, record: SetRecord | None) -> tuple[list[Item], int]:
+    """What would be trained on, and the text rows: as stage one will list it, else as the set has it."""
+    if known is not None:
+        return list(items({"samples": known.want.samples})), known.text.length
+    if record is None:
+        return [], 0
+    store = cache.open(config.cache.path)
+    rows = int(store.header("text", record.body["shared"]["empty"]).attributes["key"]["max_length"])
+    return list(items(record.body)), rows
+
+
+def _disks(config: Config, to_store: int, to_run: int) -> tuple[Disk, ...]:
+    """What goes where; places on one disk are taken together."""
+    found: dict[int, Disk] = {}
+    is_local = "://" not in config.cache.path
+    wanted = [(config.cache.path, to_store)] if is_local else []
+    for path, needed in [*wanted, (str(config.run.folder), to_run)]:
+        place = _existing(Path(path).expanduser())
+        device, free = os.stat(place).st_dev, max(0, shutil.disk_usage(place).free - _KEPT_FREE)
+        before = found.get(device, Disk(places=(), needed_bytes=0, free_bytes=free))
+        found[device] = replace(before, places=(*before.places, path), needed_bytes=before.needed_bytes + needed)
+    return tuple(found.values())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
