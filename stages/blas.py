@@ -18,12 +18,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SYSTEM_LIBRARY = "libopenblas.so.0"
 SYMBOLS = tuple(name for kind in "sdc" for name in (f"cblas_{kind}gemm", f"{kind}gemm_"))
+_WIDE = 512  # from here on a second thread is worth its price
 SLOW = "no fast BLAS found: float32 products on this CPU will be 30 times slower; install the extra `cpu`"
 
 
@@ -47,15 +48,33 @@ def describe() -> str:
 
 def threads() -> int | None:
     """The threads that the BLAS in use cuts a product among, on which its last bits depend; None if it does not say."""
-    everything = ctypes.CDLL(None)
     asking = (
         "openblas_get_num_threads",
         "scipy_openblas_get_num_threads",
         "MKL_Get_Max_Threads",
         "omp_get_max_threads",
     )
-    found = next((getattr(everything, name) for name in asking if hasattr(everything, name)), None)
+    found = _in_memory(asking)
     return int(found()) if found is not None and load() is not None else None
+
+
+def _in_memory(names: Sequence[str]) -> Callable[..., int] | None:
+    """The first of these C functions that this process has."""
+    everything = ctypes.CDLL(None)
+    return next((getattr(everything, name) for name in names if hasattr(everything, name)), None)
+
+
+def suit(width: int) -> None:
+    """Leave products of models of this width to one thread, where several would cost more than they give.
+
+    A small product is over before a second thread has woken up; on a machine with other work a model 100 wide runs
+    ten and more times slower on two threads. What the user has set by OPENBLAS_NUM_THREADS stays.
+    """
+    if width >= _WIDE or "OPENBLAS_NUM_THREADS" in os.environ:
+        return
+    setting = _in_memory(("openblas_set_num_threads", "scipy_openblas_set_num_threads"))
+    if setting is not None:
+        setting(1)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
-from flux2_relay.stages import figures, identity, measure, names, vae
+from flux2_relay.stages import blas, figures, identity, measure, names, vae
 from flux2_relay.stages.encode import images, masks, packed
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
@@ -196,6 +196,7 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
 
 
 def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> None:
+    blas.suit(spec.hidden)
     tensors = open_encoder(job.folders.text_encoder, spec)
     packing = packed.summary(encoder_packings(tensors, spec))
     layout = text_layout(spec, job.encode, job.budget_bytes, tensors if packing else None)

@@ -12,7 +12,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from flux2_relay.cache.errors import RelayError
-from flux2_relay.stages import figures
+from flux2_relay.stages import blas, figures
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
@@ -62,6 +62,7 @@ def _has_checkpoint(job: Job) -> bool:
 
 def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal) -> Transformer:
     """The transformer as the layout has it, without adapters."""
+    blas.suit(spec.hidden)
     dtype = mx.float32 if job.train.dtype == "float32" else mx.bfloat16
     residence = partial(Streamed, resident=layout.resident, ahead=layout.ahead) if layout.streamed else Resident
     with in_plain_words(lambda: "Nothing was changed."):

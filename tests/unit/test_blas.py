@@ -26,9 +26,7 @@ has_extra = pytest.mark.skipif(not HAS_EXTRA, reason="needs the extra `cpu`")
 
 def python(code: str, cache: Path) -> str:
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -49,6 +47,19 @@ def outcome(monkeypatch: pytest.MonkeyPatch):
 @has_extra
 def test_products_equal_numpy_with_the_blas_that_was_found(tmp_path: Path) -> None:
     assert python(PRODUCT, tmp_path) in blas.PROVIDERS
+
+
+@linux_cpu
+@has_extra
+@pytest.mark.parametrize(("width", "threads"), [(128, 1), (4096, 2)])
+def test_small_models_take_one_thread(tmp_path: Path, width: int, threads: int) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core has one thread whatever is asked")
+    start = "import os; os.environ.pop('OPENBLAS_NUM_THREADS', None); import flux2_relay.stages; "
+    ask = f"from flux2_relay.stages import blas; blas.suit({width}); print(min(2, blas.threads()))"
+    assert python(start + ask, tmp_path) == str(threads)
+    keep = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '2'; import flux2_relay.stages; "
+    assert python(keep + ask, tmp_path) == "2"
 
 
 @linux_cpu
@@ -145,9 +156,7 @@ def test_the_first_that_works_is_taken(outcome, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(blas, "_is_installed", lambda name: False)
-    decided = outcome(
-        broken=broken, lacking=lambda: False, good=lambda: True, later=lambda: pytest.fail("was called")
-    )
+    decided = outcome(broken=broken, lacking=lambda: False, good=lambda: True, later=lambda: pytest.fail("was called"))
     assert decided.provider == "good"
     assert "good" in decided.sentence
 
