@@ -11,6 +11,7 @@ Letters: B batch, L image tokens, T text rows, C channels.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -200,7 +201,7 @@ class Examiner:
                 "it predicts no better than nothing, under no usual mistake either: weights that were never trained "
                 "or are damaged, or a transformer and a VAE of two models"
             )
-        return "no single usual mistake explains it: a VAE or a text encoder of another model is the likely cause"
+        return "no single usual mistake explains it: a VAE or a text encoder of another model or damaged weights"
 
     def _loss_under(self, predict: "Mistake") -> float:
         """The mean loss at the short form's sigmas, over the first few pictures."""
@@ -233,10 +234,10 @@ class Examiner:
 Mistake = Callable[[Examiner, Batch, float, mx.array], mx.array]
 
 
-def _channels(examiner: Examiner, batch: Batch, sigma: float, noise: mx.array) -> mx.array:
-    """Latents whose patches are laid out (2 x 2, c) instead of (c, 2 x 2): put right, predicted, put back."""
-    other = replace(batch, latents=_turned(batch.latents, 4))
-    return _turned(examiner.velocity(other, sigma, _turned(noise, 4)), batch.latents.shape[-1] // 4)
+def _channels(first: int, examiner: Examiner, batch: Batch, sigma: float, noise: mx.array) -> mx.array:
+    """Latents with (2 x 2, c) in their channels for (c, 2 x 2), or conversely: turned, predicted, put back."""
+    other = replace(batch, latents=_turned(batch.latents, first))
+    return _turned(examiner.velocity(other, sigma, _turned(noise, first)), batch.latents.shape[-1] // first)
 
 
 def _turned(values: mx.array, first: int) -> mx.array:
@@ -261,7 +262,8 @@ _MISTAKES: Mapping[str, Mistake] = {
     "time runs the other way (sigma told as 1 - sigma)": lambda e, batch, s, noise: e.velocity(batch, s, noise, 1 - s),
     "timestep scale: it wants sigma x 1000": lambda e, batch, s, noise: e.velocity(batch, s, noise, 1000 * s),
     "timestep scale: it wants sigma / 1000": lambda e, batch, s, noise: e.velocity(batch, s, noise, s / 1000),
-    "latent space: the channels of the latents stand in another order": _channels,
+    "latent space: the channels of the latents stand in another order, (2 x 2, c)": partial(_channels, 4),
+    "latent space: the channels of the latents stand in another order, (c, 2 x 2)": partial(_channels, 32),
     "latent space: the latents are not at unit scale (VAE statistics not applied, or another VAE)": _rescaled,
     "text: the captions' contexts mislead it (another text encoder, template or layers)": _without_text,
 }

@@ -166,7 +166,8 @@ def test_an_untrained_model_on_latents_of_another_scale_is_not_explained_by_the_
     assert "not at unit scale" not in finding.sentence
 
 
-def test_channels_in_another_order_are_named() -> None:
+@pytest.mark.parametrize("first", [4, 32])
+def test_channels_in_another_order_are_named(first: int) -> None:
     @dataclass(frozen=True)
     class Ordered(Perfect):
         """Knows the colours by heart, in the order of its own training."""
@@ -177,7 +178,7 @@ def test_channels_in_another_order_are_named() -> None:
             return (x - (1 - s) * data) / max(s, 1e-3) - data
 
     def turn(batch: Batch) -> Batch:
-        return replace(batch, latents=acceptance._turned(batch.latents, 32))
+        return replace(batch, latents=acceptance._turned(batch.latents, first))
 
     of = Ordered(None, Pictures(turn), Texts(), 1.0)  # pyright: ignore[reportArgumentType]
     finding = acceptance.judge(of.losses(SIGMAS), of.diagnose)
