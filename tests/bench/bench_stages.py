@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
 THREADS = os.cpu_count() or 1
@@ -77,7 +78,7 @@ def encode_theirs(folder: Path, count: int) -> Callable[[], object]:
     return lambda: [reference.context(texts[i : i + 4]) for i in range(0, count, 4)]
 
 
-def step_case() -> object:
+def step_case() -> Any:
     """One item of 256 image tokens and 128 text tokens."""
     from tiny import cases
 

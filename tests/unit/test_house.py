@@ -23,9 +23,7 @@ MAY_NOT_IMPORT = {
     "stages/decode": ("stages.encode", "stages.train"),
 }
 # No place here for a workplace or a package index; the brackets keep this line itself from matching.
-FORBIDDEN = re.compile(
-    r"/[w]ork/|py[p]i[.]org|python[h]osted|download[.]py[t]orch|--(extra-)?index-url", re.I
-)
+FORBIDDEN = re.compile(r"/[w]ork/|py[p]i[.]org|python[h]osted|download[.]py[t]orch|--(extra-)?index-url", re.I)
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FUNCTION = 400, 60, 12
 
 
@@ -62,9 +60,7 @@ ALL = pytest.mark.parametrize("path", sources(*ROOMS, "tests", "examples"), ids=
 @CODE
 def test_rooms_import_downwards_only(path: Path) -> None:
     where = path.relative_to(ROOT).as_posix()
-    forbidden = [
-        f"flux2_relay.{b}" for a, below in MAY_NOT_IMPORT.items() if where.startswith(f"{a}/") for b in below
-    ]
+    forbidden = [f"flux2_relay.{b}" for a, below in MAY_NOT_IMPORT.items() if where.startswith(f"{a}/") for b in below]
     wrong = [(line, module) for line, module in imported(path) for f in forbidden if is_below(module, f)]
     assert not wrong
 

@@ -144,7 +144,7 @@ def test_a_download_that_was_cut_off(fresh: Project, part: str) -> None:
 
 def test_a_tokenizer_that_is_not_there(fresh: Project) -> None:
     (fresh.model / "tokenizer/tokenizer.json").unlink()
-    refused(fresh.relay("encode"), fresh.model / "tokenizer/tokenizer.json")
+    refused(fresh.relay("encode"), fresh.model / "tokenizer", "tokenizer.json")
 
 
 def test_a_transformer_that_was_cut_off(encoded: Make, dev: Path, tmp_path: Path, monkeypatch) -> None:

@@ -97,7 +97,9 @@ def test_a_folder_here_goes_before_a_repository(
 
 
 def test_what_is_nowhere_says_where_it_was_looked_for(hf_home: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"model.path: {REPOSITORY} is no folder.*hf download {REPOSITORY} --exclude flux2-d") as refused:
+    with pytest.raises(
+        InputError, match=f"model.path: {REPOSITORY} is no folder.*hf download {REPOSITORY} --exclude flux2-d"
+    ) as refused:
         folders.find(REPOSITORY)
     assert str(hf_home / "hub") in str(refused.value)
     with pytest.raises(InputError, match=r"model\.path: .*nowhere is no folder and no file"):
