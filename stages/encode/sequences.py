@@ -3,6 +3,7 @@
 Letters: B captions of a group, n rows, P prefix rows, H hidden, C = taps * H.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -12,7 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 
-class Rows:
+class Rows(ABC):
     """Hidden states [B, n, H] on their way through the layers, and what was tapped so far."""
 
     def __init__(self, hidden: mx.array) -> None:
@@ -25,9 +26,9 @@ class Rows:
         """Captions' tokens in here, as a progress bar counts them."""
         return 0
 
+    @abstractmethod
     def step(self, layer: nn.Module) -> None:
         """Go through one decoder layer."""
-        raise NotImplementedError
 
     def tap(self) -> None:
         """Keep the hidden states as they stand: raw, not normalised."""

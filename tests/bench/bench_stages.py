@@ -26,7 +26,7 @@ HONEST |= {"num_attention_heads": 8, "head_dim": 128}
 TRANSFORMER = {"num_layers": 2, "num_single_layers": 6, "num_attention_heads": 8, "attention_head_dim": 128}
 CASES = {
     # name: (what, family, layers of the text encoder, captions or steps)
-    "captions, dev-like, 40 layers": ("encode", "dev", 40, 24),
+    "captions, dev-like, 40 layers": ("encode", "dev", 40, 8),
     "captions, klein-like, 36 layers": ("encode", "klein", 36, 4),
     "steps, 2 + 6 blocks of width 1024, 384 rows, rank 16, peft checkpointed": ("step", "dev", 31, 2),
 }

@@ -1,0 +1,132 @@
+"""The plan of training's memory against what MLX counts, and the decisions that follow from a budget."""
+
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import quantize
+from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.train import layout, lora, optimizer
+from flux2_relay.stages.train.backprop import loss_and_gradients
+from flux2_relay.stages.train.layout import Layout, Load
+from flux2_relay.stages.train.objective import Batch
+from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
+from flux2_relay.stages.train.residence import Resident, Streamed
+from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
+
+SIDE, TEXT = 12, 48
+
+
+def spec_of(width: int, double: int, single: int) -> TransformerSpec:
+    return TransformerSpec(
+        double_blocks=double,
+        single_blocks=single,
+        heads=width // 64,
+        head_dim=64,
+        rope_axes=(16, 16, 16, 16),
+        context_width=96,
+        guidance=False,
+    )
+
+
+SPECS = {"256 wide": spec_of(256, 2, 4), "384 wide": spec_of(384, 1, 3), "512 wide": spec_of(512, 2, 2)}
+OPTIONS = LoraOptions(rank=4)
+
+
+def load_of(spec: TransformerSpec) -> Load:
+    return Load(
+        batch=1,
+        rows=TEXT + SIDE * SIDE,
+        adapter_bytes=4 * lora.size(spec, OPTIONS),
+        adapter_copies=4,
+        item_bytes=4,
+        fused_attention=False,
+    )
+
+
+def random_model(spec: TransformerSpec, plan: Layout) -> Transformer:
+    def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, quantize.Weight]:
+        made: dict[str, quantize.Weight] = {}
+        for name, shape in shapes.items():
+            value = mx.random.normal(shape) * shape[-1] ** -0.5 if len(shape) == 2 else mx.ones(shape)
+            made[name] = quantize.pack(value, plan.bits) if len(shape) == 2 else value
+        mx.eval(made)
+        return made
+
+    def read(place: int) -> dict[str, quantize.Weight]:
+        return tensors(block_shapes(spec, place))
+
+    residence = partial(Streamed, resident=plan.resident, ahead=plan.ahead) if plan.streamed else Resident
+    model = Transformer(spec, mx.float32, tensors(outer_shapes(spec)), residence(spec.blocks, read))
+    model.keep, model.attention_heads = plan.keep, plan.heads
+    return model
+
+
+def measured(spec: TransformerSpec, plan: Layout) -> int:
+    """Peak of live arrays over two steps, from an empty memory."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = random_model(spec, plan)
+    lora.attach(model, OPTIONS, seed=0)
+    update = optimizer.Optimizer(TrainOptions(), lora.parameters(model))
+    rows = SIDE * SIDE
+    batch = Batch(
+        latents=mx.random.normal((1, rows, 128)),
+        context=mx.random.normal((1, TEXT, spec.context_width)),
+        latent_ids=image_ids(SIDE, SIDE),
+        text_ids=text_ids(TEXT),
+    )
+    mx.eval(batch.latents, batch.context)
+    mx.reset_peak_memory()
+    for step in range(2):
+        loss, gradients = loss_and_gradients(model, batch, mx.array([0.5]), mx.random.normal((1, rows, 128)), None)
+        mx.eval(loss, gradients)
+        gradients, _ = optimizer.clip(gradients, 1.0)
+        lora.load(model, update.update(lora.parameters(model), gradients, step))
+        del gradients
+    model.residence.close()
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_plan_is_within_a_tenth_of_what_is_measured(name: str) -> None:
+    """Three budgets each: room for everything, for the weights alone, and so little that blocks are streamed."""
+    spec = SPECS[name]
+    load = load_of(spec)
+    resident = layout.predict(spec, load, 32, spec.blocks).peak_bytes
+    streamed = layout.predict(spec, load, 32, 0).peak_bytes
+    plans = [
+        layout.choose(spec, load, MemoryOptions(bits=32), budget) for budget in (10 * resident, resident, streamed)
+    ]
+    assert [(plan.keep > 0, plan.streamed) for plan in plans] == [(True, False), (False, False), (False, True)]
+    for plan in plans:
+        assert measured(spec, plan) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
+
+
+def test_less_budget_means_fewer_bits_before_blocks_are_streamed() -> None:
+    spec = SPECS["512 wide"]
+    load = load_of(spec)
+    full = layout.predict(spec, load, 32, spec.blocks).peak_bytes
+    eight = layout.predict(spec, load, 8, spec.blocks).peak_bytes
+    assert eight < full
+    roomy, tight = (layout.choose(spec, load, MemoryOptions(stream="never"), budget) for budget in (full, eight))
+    assert (roomy.bits, tight.bits) == (32, 8)
+    assert layout.choose(spec, load, MemoryOptions(bits=32, stream="always"), 10 * full).resident == 0
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_that_works() -> None:
+    spec = SPECS["256 wide"]
+    load = load_of(spec)
+    with pytest.raises(InputError, match=r"memory\.budget: 1 MB is too little .* the least that works"):
+        layout.choose(spec, load, MemoryOptions(), 1_000_000)
+
+
+def test_kept_projections_take_what_is_left() -> None:
+    spec = SPECS["256 wide"]
+    load = load_of(spec)
+    base = layout.predict(spec, load, 32, spec.blocks).peak_bytes
+    one = layout.kept_bytes(spec, load, spec.blocks - 1)
+    keeps = [layout.choose(spec, load, MemoryOptions(bits=32), base + room).keep for room in (0, one - 1, one, 2 * one)]
+    assert keeps == [0, 0, 1, 2]
