@@ -6,6 +6,7 @@ latents (the VAE is another process). `train` needs a `Job` and tells a `Journal
 
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
@@ -17,12 +18,14 @@ from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
+from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import acceptance, checkpoint, init, lora, optimizer, validation, wishes
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for, pace_of
+from flux2_relay.stages.train.packed_copy import kept_bytes
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
@@ -66,7 +69,10 @@ def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout,
     dtype = mx.float32 if job.train.dtype == "float32" else mx.bfloat16
     residence = partial(Streamed, resident=layout.resident, ahead=layout.ahead) if layout.streamed else Resident
     with in_plain_words(lambda: "Nothing was changed."):
-        transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence)
+        copy = Path(job.memory.copy).expanduser() if job.memory.copy else None
+        transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence, copy)
+        if copy is not None and layout.bits in QUANTIZED_BITS:
+            journal.say(f"quantized blocks are kept in {copy} ({in_words(kept_bytes(copy))})")
     transformer.keep, transformer.attention_heads = layout.keep, layout.heads
     say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", journal.say)
     return transformer

@@ -125,6 +125,9 @@ class MemoryOptions:
     stream: Literal["auto", "never", "always"] = "auto"
     """Read the transformer block by block from disk at every step instead of holding it."""
 
+    copy: str | None = None
+    """A folder where quantized blocks are kept for the next run, a file a block; null keeps none."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationOptions:

@@ -19,6 +19,7 @@ from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import blocks, embeddings
 from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
 from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.packed_copy import keeping
 from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.train.residence import Reader, Residence, Resident
 from flux2_relay.stages.weights import Tensors
@@ -140,15 +141,17 @@ def load_transformer(
     bits: int = 16,
     dtype: mx.Dtype | None = None,
     residence: Callable[[int, Reader], Residence] = Resident,
+    copy: Path | None = None,
 ) -> Transformer:
     """The transformer of a model folder or file, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
 
     `dtype` is the compute type: float32 where `bits` is 32, else bfloat16; `residence(blocks, read)` decides which
-    blocks stay in memory. InputError lists every tensor that is missing, surplus or misshapen.
+    blocks stay in memory; quantized ones are kept in the folder `copy`. InputError lists every tensor that is missing,
+    surplus or misshapen.
     """
     tensors = names.open_transformer(folders.find(str(model_dir)).transformer)
     tensors.check(tensor_shapes(spec))
-    return from_tensors(tensors, spec, bits, dtype, residence)
+    return from_tensors(tensors, spec, bits, dtype, residence, copy)
 
 
 def from_tensors(
@@ -157,16 +160,23 @@ def from_tensors(
     bits: int,
     dtype: mx.Dtype | None = None,
     residence: Callable[[int, Reader], Residence] = Resident,
+    copy: Path | None = None,
 ) -> Transformer:
     """The transformer of checked tensors in diffusers names; never more than one block stands in memory unquantized.
 
-    `residence(blocks, read)` decides which blocks stay in memory.
+    `residence(blocks, read)` decides which blocks stay in memory; quantized blocks are kept in the folder `copy`.
     """
     dtype = dtype or (mx.float32 if bits == 32 else mx.bfloat16)
 
-    def read(place: int) -> dict[str, Weight]:
+    def read_block(place: int) -> dict[str, Weight]:
         return _read(tensors, block_path(spec, place) + ".", block_shapes(spec, place), bits)
 
+    read: Reader = read_block
+    if copy is not None and bits in quantize.QUANTIZED_BITS:
+        tensors_of = {
+            p: [f"{block_path(spec, p)}.{n}.weight" for n in block_shapes(spec, p)] for p in range(spec.blocks)
+        }
+        read = keeping(read, copy, tensors, tensors_of, bits)
     return Transformer(spec, dtype, _read(tensors, "", outer_shapes(spec), bits), residence(spec.blocks, read))
 
 
