@@ -12,7 +12,17 @@ infer.py      the same, from shapes where there is no config
 names.py      other tools' layouts under our names
 weights.py    safetensors in: checked, lazy, mapped by name
 identity.py   what a set of weights is: hashes
+quantize.py   a weight matrix as it stands in memory
+context.py    a caption's context, from the rows that are stored
+memory.py     what a stage may take, from the device or the config
+measure.py    what it took
+one_model.py  one model at a time
+figures.py    how fast this machine was
+files.py      safetensors and JSON out, whole or not at all
+device_errors.py  what a GPU's errors mean, in plain words
 vae.py        the autoencoder; its halves load apart          shared by encode and decode
+vae_blocks.py     its layers
+vae_strips.py     the same layers over strips of rows
 blas.py       fast float32 products on Linux CPUs; has to come before MLX, hence the call below
 """
 

@@ -334,12 +334,6 @@ def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
     return int(np.abs(moved.astype(int) - grid).max()) <= 1
 
 
-def file_sha256(path: Path) -> str:
-    """The identity of an image file: sha256 of its bytes, in hexadecimal."""
-    with _naming(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def latents_key(
     source: str, placement: Placement, background: str | None, *, vae: str, tf32: bool, dtype: str
 ) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """The buckets, where a picture is cut, and the key of its latents."""
 
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -161,9 +160,3 @@ def test_the_key_of_latents() -> None:
     }
     canonical(key())  # raises for what cannot be hashed
     assert len({canonical(k) for k in (key(), key(vae="w"), key(tf32=True), key(dtype="float32"))}) == 4
-
-
-def test_a_files_identity_is_its_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"abc")
-    assert images.file_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
