@@ -13,9 +13,9 @@ import click
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline.cache_commands import in_bytes, print_json, print_table
 from flux2_relay.pipeline.config import Config
-from flux2_relay.stages import folders, hub, names, spec, vae
+from flux2_relay.stages import folders, hub, names, packed, spec, vae
 from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS, SOURCES, PartName, download, download_all
-from flux2_relay.stages.encode import encoder_weights, packed
+from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.folders import PARTS, ModelFolders
 from flux2_relay.stages.train.transformer import tensor_shapes
 from flux2_relay.stages.weights import Tensors, open_tensors

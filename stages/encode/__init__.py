@@ -7,7 +7,6 @@ images.py           from a file to pixels, and where they are cut
 masks.py            the same for masks
 templates.py        how each family of encoder is asked
 encoder_weights.py  which tensors of the encoder are needed
-packed.py           encoders that MLX has quantized before
 layers.py           its decoder layers, from mlx-lm
 sequences.py        what goes through the layers: prefix, pads, captions
 text.py             captions to contexts

@@ -8,10 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from flux2_relay.stages import identity, names
-from flux2_relay.stages.encode import packed
-from flux2_relay.stages.encode.packed import Packing
+from flux2_relay.stages import identity, names, packed
 from flux2_relay.stages.names import EMBEDDING
+from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 

@@ -19,7 +19,7 @@ from flux2_relay.stages.encode.companions import ALPHA
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.images import Placement
 from flux2_relay.stages.encode.layers import GROUP
-from flux2_relay.stages.encode.packed import Packing
+from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.weights import listing
 
 TEXT_NUMERICS = 1  # part of every text key: raise it when the encoder's own code changes its numbers on purpose

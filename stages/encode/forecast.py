@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from flux2_relay.stages import figures, identity, vae
-from flux2_relay.stages.encode import packed, stage
+from flux2_relay.stages import figures, identity, packed, vae
+from flux2_relay.stages.encode import stage
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import Wanted, wanted
 from flux2_relay.stages.encode.layout import text_layout

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen3
 
-from flux2_relay.stages.encode import packed
+from flux2_relay.stages import packed
 from flux2_relay.stages.encode.encoder_weights import layer_packings, layer_shapes
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors

@@ -21,8 +21,8 @@ from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
-from flux2_relay.stages import blas, figures, identity, measure, names, vae
-from flux2_relay.stages.encode import images, masks, packed
+from flux2_relay.stages import blas, figures, identity, measure, names, packed, vae
+from flux2_relay.stages.encode import images, masks
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import (

@@ -12,15 +12,15 @@ from tiny import layouts, model
 from tiny.compare import assert_near
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import catalogue, names, spec
-from flux2_relay.stages.encode import encoder_weights, packed
+from flux2_relay.stages import catalogue, names, packed, spec
+from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
 from flux2_relay.stages.encode.entries import TextIdentity
 from flux2_relay.stages.encode.layers import decoder_layer, layer_bytes
 from flux2_relay.stages.encode.layout import text_layout
 from flux2_relay.stages.encode.options import EncodeOptions
-from flux2_relay.stages.encode.packed import Packing
 from flux2_relay.stages.encode.text import load_text_encoder
+from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.weights import open_tensors
 
 CAPTIONS = ["a red fox", "", "a blue dog number two, and a red fox number one"]
