@@ -4,12 +4,14 @@
     checkpoints/000250/optimizer.safetensors   moments, and whatever else the rule remembers
     checkpoints/000250/ema.safetensors         the running mean of the adapter, where `train.ema` asks for one
     checkpoints/000250/state.json              the fields of `State`
+    checkpoints/000250/SHA256SUMS              of the files above, as `sha256sum -c` reads it
     checkpoints/best                           the step of the checkpoint with the least held-out loss
 
 Order, noise, sigma, captions and dropout are functions of (seed, step, item), and so is the learning rate of its step:
 the step is all the position there is.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +27,8 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.files import read_tensors, write_json, write_tensors
 
 _ASIDE = ".new-"
+SUMS = "SHA256SUMS"
+"""A safetensors file whose values have changed still reads well: only a checksum notices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +71,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if checkpoint.ema is not None:
             write_tensors(aside / "ema.safetensors", checkpoint.ema, {})
         write_json(aside / "state.json", asdict(checkpoint.state))
+        sums = [f"{_sum(file)}  {file.name}\n" for file in sorted(aside.iterdir())]
+        durable.write_and_sync(aside / SUMS, "".join(sums).encode())
         durable.sync_folder(aside)
         if place.exists():  # written again after a resume from an older one
             shutil.rmtree(place)
@@ -122,6 +128,8 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load(path: Path) -> Checkpoint:
     """One checkpoint folder; InputError where a file of it is missing or damaged."""
+    for name in _sums(path):
+        _check_sum(path, name)
     state = load_state(path)
     adapter, metadata = read_tensors(path / "adapter.safetensors")
     optimizer, _ = read_tensors(path / "optimizer.safetensors")
@@ -131,7 +139,35 @@ def load(path: Path) -> Checkpoint:
 
 def load_state(path: Path) -> State:
     """What a checkpoint says of itself; its tensors are not read."""
+    _check_sum(path, "state.json")
     try:
         return State(**json.loads((path / "state.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: its state.json cannot be read ({error})") from None
+
+
+def _check_sum(path: Path, name: str) -> None:
+    """Refuse a file that is not what was written; InputError. A file without a checksum passes."""
+    expected = _sums(path).get(name)
+    try:
+        is_same = expected is None or _sum(path / name) == expected
+    except OSError as error:
+        raise InputError(f"{path / name}: cannot be read ({error})") from None
+    if not is_same:
+        raise InputError(f"{path / name}: is damaged, its bytes are not those that were written")
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """File name -> checksum; nothing for a checkpoint of a release that wrote none."""
+    try:
+        lines = (path / SUMS).read_text("utf-8").splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / SUMS}: cannot be read ({error}); the checkpoint is damaged") from None
+
+
+def _sum(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

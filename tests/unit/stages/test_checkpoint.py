@@ -1,5 +1,6 @@
 """Checkpoints appear whole, and a damaged one is gone back over."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -76,8 +77,16 @@ def damage_garbage(place: Path, file: str) -> None:
     (place / file).write_bytes(b"\xff" * 300)
 
 
+def damage_bit(place: Path, file: str) -> None:
+    """In the last number of a tensor, or of the state: the file reads as well as before."""
+    data = bytearray((place / file).read_bytes())
+    at = len(data) - 2 if file != "state.json" else data.index(b'"seed": 7') + 8
+    data[at] ^= 1
+    (place / file).write_bytes(data)
+
+
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", [damage_missing, damage_cut, damage_empty, damage_garbage])
+@pytest.mark.parametrize("damage", [damage_missing, damage_cut, damage_empty, damage_garbage, damage_bit])
 def test_latest_goes_back_over_damaged_ones_and_says_so(tmp_path: Path, file: str, damage) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, at(step), keep=4)
@@ -92,6 +101,35 @@ def test_latest_goes_back_over_damaged_ones_and_says_so(tmp_path: Path, file: st
     assert str(tmp_path / "000002") in complaints[1]
 
 
+def test_a_flipped_bit_reads_well_and_is_noticed_by_the_checksum_alone(tmp_path: Path) -> None:
+    place = checkpoint.save(tmp_path, at(1), keep=1)
+    for file in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
+        damage_bit(place, file)
+    with pytest.raises(InputError, match=r"safetensors: is damaged"):
+        checkpoint.load(place)
+    with pytest.raises(InputError, match=r"state\.json: is damaged"):
+        checkpoint.load_state(place)
+    (place / checkpoint.SUMS).unlink()  # as an older release left it
+    found = checkpoint.load(place)
+    assert found.state.seed == 6
+    assert not mx.array_equal(found.adapter["x.lora_A.weight"], at(1).adapter["x.lora_A.weight"])
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    place = checkpoint.save(tmp_path, at(1), keep=1)
+    lines = dict(reversed(line.split("  ")) for line in (place / checkpoint.SUMS).read_text().splitlines())
+    files = sorted(path for path in place.iterdir() if path.name != checkpoint.SUMS)
+    assert lines == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert len(files) == 3
+
+
+def test_a_list_of_checksums_that_is_none_is_damage(tmp_path: Path) -> None:
+    place = checkpoint.save(tmp_path, at(1), keep=1)
+    (place / checkpoint.SUMS).write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match=r"SHA256SUMS"):
+        checkpoint.load(place)
+
+
 @pytest.mark.parametrize(
     "content",
     ["[]", "3", '{"step": 1}', '{"step": 1, "seed": 2, "set": "a", "more": 3}'],
@@ -99,6 +137,7 @@ def test_latest_goes_back_over_damaged_ones_and_says_so(tmp_path: Path, file: st
 def test_a_state_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     place = checkpoint.save(tmp_path, at(1), keep=1)
     (place / "state.json").write_text(content)
+    (place / checkpoint.SUMS).unlink()
     with pytest.raises(InputError, match=r"state\.json"):
         checkpoint.load(place)
 
