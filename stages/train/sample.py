@@ -5,6 +5,7 @@ Source: diffusers `Flux2Pipeline`, `Flux2KleinPipeline` and `compute_empirical_m
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -44,8 +45,11 @@ def empirical_mu(steps: int, rows: int) -> float:
     return at_200 + (steps - 200) * (at_200 - at_10) / 190
 
 
-def draw(transformer: Transformer, picture: Picture) -> mx.array:
-    """The latents [height, width, 128] float32 of a picture; the same seed always starts from the same noise."""
+def draw(transformer: Transformer, picture: Picture, progress: Callable[[], object] = lambda: None) -> mx.array:
+    """The latents [height, width, 128] float32 of a picture; the same seed always starts from the same noise.
+
+    `progress` is called after each step.
+    """
     running = replace(transformer, run=transformer.pieces)
     rows = picture.height * picture.width
     latents = mx.random.normal((1, rows, transformer.spec.channels), key=randomness.key(picture.seed, "preview"))
@@ -54,6 +58,7 @@ def draw(transformer: Transformer, picture: Picture) -> mx.array:
         velocity = guided_velocity(running, picture, latents, sigma)
         latents = latents + (following - sigma) * velocity.astype(mx.float32)
         mx.eval(latents)  # a step at a time: nothing is dispatched further ahead than it can run
+        progress()
     transformer.pieces.settle()
     return latents.reshape(picture.height, picture.width, -1)
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flux2_relay.stages import folders, names, quantize
-from flux2_relay.stages.quantize import Weight, product
+from flux2_relay.stages.quantize import Weight
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import blocks, embeddings
 from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
@@ -92,13 +92,13 @@ class Transformer:
 
     def embed(self, latents: mx.array, context: mx.array) -> tuple[mx.array, mx.array]:
         """latents [B, L, 128] and context [B, T, C] -> text [B, T, D] and image [B, L, D], in the compute dtype."""
-        text = product(context.astype(self.dtype), self.outer["context_embedder"])
-        return text, product(latents.astype(self.dtype), self.outer["x_embedder"])
+        text = self._outer(context.astype(self.dtype), "context_embedder")
+        return text, self._outer(latents.astype(self.dtype), "x_embedder")
 
     def output(self, hidden: mx.array, modulation: Modulation) -> mx.array:
         """Image rows [B, L, D] behind the last block -> velocity [B, L, 128]."""
         scale, shift = modulation.final
-        return product(blocks.modulate(hidden, shift, scale, self.spec.eps), self.outer["proj_out"])
+        return self._outer(blocks.modulate(hidden, shift, scale, self.spec.eps), "proj_out")
 
     def modulation(self, sigma: mx.array, guidance: mx.array | None) -> Modulation:
         """Shifts, scales and gates of all blocks at sigma [B] and, for guidance-distilled models, guidance [B]."""
@@ -108,7 +108,7 @@ class Transformer:
         condition = nn.silu(condition)
 
         def parts(name: str, count: int) -> list[mx.array]:
-            return blocks.split(product(condition, self.outer[f"{name}.linear"])[:, None], count, axis=-1)
+            return blocks.split(self._outer(condition, f"{name}.linear")[:, None], count, axis=-1)
 
         text, image = parts("double_stream_modulation_txt", 6), parts("double_stream_modulation_img", 6)
         return Modulation((text, image), parts("single_stream_modulation", 3), parts("norm_out", 2))
@@ -116,8 +116,12 @@ class Transformer:
     def _time_embedding(self, value: mx.array, name: str) -> mx.array:
         thousands = np.asarray(value.astype(mx.float32)) * np.float32(1000)
         features = mx.array(embeddings.time_features(thousands, self.spec.time_channels)).astype(self.dtype)
-        linear_1, linear_2 = (self.outer[f"time_guidance_embed.{name}.linear_{n}"] for n in (1, 2))
-        return product(nn.silu(product(features, linear_1)), linear_2)
+        first, second = (f"time_guidance_embed.{name}.linear_{n}" for n in (1, 2))
+        return self._outer(nn.silu(self._outer(features, first)), second)
+
+    def _outer(self, x: mx.array, name: str) -> mx.array:
+        """A linear outside the blocks; training attaches nothing to one, other programs' adapters may."""
+        return blocks.linear(x, (self.outer[name], self.adapters.get(name, ())))
 
     def rotary(self, latent_ids: mx.array, text_ids: mx.array) -> Rotary:
         """The rotary tables of a sequence: text rows first, then image rows."""
