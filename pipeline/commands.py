@@ -138,13 +138,22 @@ def train_job(config: Config, given: Ready, folder: Path) -> "TrainJob":
 
 def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
     """Stage two."""
+    from flux2_relay.pipeline import run_lock
+
+    given = ready(config)
+    if not resume:
+        run_folder.refuse_existing(config.run.folder)
+    with run_lock.hold(config.run.folder):
+        _train(config, given, max_steps, resume, stop)
+
+
+def _train(config: Config, given: Ready, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
     from flux2_relay.stages.train import loop
     from flux2_relay.stages.train import resume as resuming
 
-    given = ready(config)
     data = resuming.digest_of_data(given.record.body)
     changes = resuming.check(config.run.folder, flat(config), data) if resume else []
-    run = run_folder.create(config, resume)
+    run = run_folder.create(config)
     for sentence in changes:
         run.say(sentence)
     if _is_finished(run, config.train.steps):

@@ -5,6 +5,7 @@ validation.jsonl     held-out losses    checkpoints/STEP/    to go on from
 adapter.safetensors  for other programs, and adapter_ema.safetensors where there is a mean
 previews/            latents and PNGs   report.html
 .save, .stop         made by the user: write a checkpoint, or write one and leave, after this step
+.lock                held by the process that trains (`run_lock.py`)
 """
 
 import json
@@ -89,14 +90,17 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def create(config: Config, resume: bool) -> RunFolder:
+def refuse_existing(folder: Path) -> None:
+    """InputError where a run that may not be resumed has a folder already."""
+    if folder.exists():
+        raise InputError(
+            f"{folder} exists already and --resume is never; choose another run.name, or let it resume (--resume auto)"
+        )
+
+
+def create(config: Config) -> RunFolder:
     """The folder of the run that `config` names, with the resolved config in it."""
     folder = RunFolder(config.run.folder)
-    if not resume and folder.path.exists():
-        raise InputError(
-            f"{folder.path} exists already and --resume is never; "
-            "choose another run.name, or let it resume (--resume auto)"
-        )
     folder.path.mkdir(parents=True, exist_ok=True)
     aside = folder.path / "config.part"
     aside.write_text(dump_config(config), "utf-8")
