@@ -5,6 +5,7 @@ its own folder: `data/fox/a.png` and `masks/fox/a.jpg`. Several references of on
 `a_1.png`. A mask may also be called `a-masklabel.png`, and then lie beside the picture.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -29,19 +30,22 @@ def walk(folder: Path, skipped: Collection[Path] = (), above: tuple[Path, ...] =
     here = folder.resolve()
     if here in above or (above and here in skipped):
         return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
             continue
-        if path.is_dir():
-            yield from walk(path, skipped, (*above, here))
+        if entry.is_dir():
+            yield from walk(folder / entry.name, skipped, (*above, here))
         else:
-            yield path
+            yield folder / entry.name
 
 
 def labels(names: Collection[str]) -> set[str]:
     """Those of these pictures that are masks of another one beside them."""
-    stems = {_stem(name) for name in names}
-    return {name for name in names if _stem(name).endswith(_LABEL) and _stem(name).removesuffix(_LABEL) in stems}
+    stems = {name: _stem(name) for name in names}
+    pictures = set(stems.values())
+    return {name for name, stem in stems.items() if stem.endswith(_LABEL) and stem.removesuffix(_LABEL) in pictures}
 
 
 class _Index:

@@ -3,6 +3,7 @@
 Needs no decoder layers, so that a stage which only compares identities does not import them.
 """
 
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 
+GROUP = 64
+"""Weights that share a scale where we quantize an encoder ourselves."""
 _HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
 
 
@@ -72,6 +75,16 @@ def encoder_packings(tensors: Tensors, spec: TextSpec) -> dict[str, Packing]:
 def layer_packings(tensors: Tensors, number: int, spec: TextSpec) -> dict[str, Packing]:
     """The same for one layer."""
     return packed.packings(tensors, {f"layers.{number}.{name}": shape for name, shape in layer_shapes(spec).items()})
+
+
+def layer_bytes(spec: TextSpec, bits: int, packed_source: Tensors | None = None) -> int:
+    """What one layer takes in memory at `bits`, scales and biases 4 bytes a group, or as a packed file has it."""
+    if packed_source is not None:
+        sizes = (info.end - info.start for name, info in packed_source.info.items() if name.startswith("layers.0."))
+        return sum(sizes)
+    per_weight = bits / 8 if bits >= 16 else bits / 8 + 4 / GROUP
+    sizes = ((shape, math.prod(shape)) for shape in layer_shapes(spec).values())
+    return int(sum(size * (per_weight if len(shape) == 2 else 2) for shape, size in sizes))
 
 
 def encoder_identity(tensors: Tensors, spec: TextSpec) -> str:

@@ -17,8 +17,8 @@ from flux2_relay.stages import identity
 from flux2_relay.stages.encode import images, masks
 from flux2_relay.stages.encode.companions import ALPHA
 from flux2_relay.stages.encode.dataset import Sample
+from flux2_relay.stages.encode.encoder_weights import GROUP
 from flux2_relay.stages.encode.images import Placement
-from flux2_relay.stages.encode.layers import GROUP
 from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.weights import listing
 

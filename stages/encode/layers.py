@@ -4,7 +4,6 @@ Their arguments are built from our own spec: mlx-lm's config reader for Mistral 
 silently take another rotary base. Weights keep the layout of `mlx.nn.quantize`.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,11 +13,9 @@ import mlx.nn as nn
 from mlx_lm.models import llama, qwen3
 
 from flux2_relay.stages import packed
-from flux2_relay.stages.encode.encoder_weights import layer_packings, layer_shapes
+from flux2_relay.stages.encode.encoder_weights import GROUP, layer_packings, layer_shapes
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
-
-GROUP = 64
 
 
 def _mistral(spec: TextSpec) -> nn.Module:
@@ -121,16 +118,6 @@ def resident_layers(tensors: Tensors, spec: TextSpec, bits: int) -> list[nn.Modu
         layers.append(decoder_layer(tensors, number, spec, bits))
         mx.eval(layers[-1].parameters())
     return layers
-
-
-def layer_bytes(spec: TextSpec, bits: int, packed_source: Tensors | None = None) -> int:
-    """What one layer takes in memory at `bits`, scales and biases 4 bytes a group, or as a packed file has it."""
-    if packed_source is not None:
-        sizes = (info.end - info.start for name, info in packed_source.info.items() if name.startswith("layers.0."))
-        return sum(sizes)
-    per_weight = bits / 8 if bits >= 16 else bits / 8 + 4 / GROUP
-    sizes = ((shape, math.prod(shape)) for shape in layer_shapes(spec).values())
-    return int(sum(size * (per_weight if len(shape) == 2 else 2) for shape, size in sizes))
 
 
 def _divides(path: str, module: nn.Module) -> bool:

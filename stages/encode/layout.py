@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages.encode.layers import layer_bytes
+from flux2_relay.stages.encode.encoder_weights import layer_bytes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import FAMILIES
 from flux2_relay.stages.measure import in_words

@@ -38,7 +38,6 @@ from flux2_relay.stages.encode.layout import TextLayout, text_layout
 from flux2_relay.stages.encode.notes import notes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
-from flux2_relay.stages.encode.text import load_text_encoder
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
@@ -213,7 +212,9 @@ def _encode_text(
     packing: packed.Packing | None,
     spec: TextSpec,
 ) -> None:
-    encoder = load_text_encoder(
+    from flux2_relay.stages.encode import text  # only here: mlx-lm takes seconds to import
+
+    encoder = text.load_text_encoder(
         job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer, layout.streamed
     )
     weights = packing.in_words() if packing else f"{job.encode.bits} bit"

@@ -14,7 +14,7 @@ import pytest
 from tiny import model as tiny
 from tiny.project import Outcome, Project, relay
 
-from flux2_relay.stages.encode import stage
+from flux2_relay.stages.encode import stage, text
 from flux2_relay.stages.train import loop
 
 Make = Callable[..., Project]
@@ -23,7 +23,7 @@ Make = Callable[..., Project]
 @pytest.fixture(autouse=True)
 def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of this is refused before an hour of work."""
-    monkeypatch.setattr(stage, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
     monkeypatch.setattr(stage.vae, "load_encoder", lambda *_, **__: pytest.fail("the VAE was loaded"))
     monkeypatch.setattr(loop, "load_transformer", lambda *_, **__: pytest.fail("the transformer was loaded"))
 

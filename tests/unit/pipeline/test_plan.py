@@ -12,7 +12,7 @@ from tiny.project import Outcome, Project
 
 from flux2_relay.pipeline import plan, plan_text
 from flux2_relay.stages import figures, identity
-from flux2_relay.stages.encode import stage
+from flux2_relay.stages.encode import stage, text
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.train import loop
 
@@ -21,7 +21,7 @@ Make = Callable[..., Project]
 
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
     monkeypatch.setattr(stage.vae, "load_encoder", lambda *_, **__: pytest.fail("the VAE was loaded"))
     monkeypatch.setattr(loop, "load_transformer", lambda *_, **__: pytest.fail("the transformer was loaded"))
 

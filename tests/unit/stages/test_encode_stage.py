@@ -1,6 +1,8 @@
 """Stage one: what is encoded, what is not encoded again, and what happens to pictures that cannot be read."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tiny.project import Project
 
 from flux2_relay import cache
 from flux2_relay.stages import spec, vae
-from flux2_relay.stages.encode import stage
+from flux2_relay.stages.encode import stage, text
 from flux2_relay.stages.encode.text import load_text_encoder
 from flux2_relay.stages.train.contexts import open_contexts
 
@@ -31,7 +33,7 @@ def own(encoded: Callable[..., Project], pictures: Path, tmp_path: Path) -> Proj
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model fails."""
-    monkeypatch.setattr(stage, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
     monkeypatch.setattr(stage.vae, "load_encoder", lambda *_, **__: pytest.fail("the VAE was loaded"))
 
 
@@ -81,6 +83,25 @@ def test_a_second_run_makes_nothing_and_loads_no_model(own: Project, no_models: 
     assert new(own, before) == (0, 0)
 
 
+def test_where_nothing_is_missing_nothing_slow_is_imported(own: Project) -> None:
+    """mlx-lm brings transformers along, which take longer to import than ten thousand entries to look at."""
+    code = """
+import sys
+from flux2_relay.pipeline import cli
+for command in ("plan", "encode"):
+    cli.main([command, "-c", sys.argv[1]])
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, own.config], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *said, modules = done.stdout.splitlines()
+    assert "encoded 0 captions and 0 images" in said[-1]
+    assert not {"mlx_lm", "transformers", "torch"} & set(modules.split())
+    assert "flux2_relay.stages.encode.stage" in modules.split()
+
+
 def test_a_changed_caption_is_encoded_and_nothing_else(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.vae, "load_encoder", lambda *_, **__: pytest.fail("the VAE was loaded"))
     before = keys(own)
@@ -92,7 +113,7 @@ def test_a_changed_caption_is_encoded_and_nothing_else(own: Project, monkeypatch
 
 
 def test_a_changed_picture_is_encoded_and_nothing_else(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("the text encoder was loaded"))
     before = keys(own)
     Image.new("RGB", (64, 64), "red").save(own.data / "2.png")
     assert own.relay("encode").status == 0
@@ -164,9 +185,9 @@ def test_the_text_encoder_is_gone_before_the_vae_comes(
     dev: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: dict[str, int] = {}
-    load_text, load_vae = stage.load_text_encoder, vae.load_encoder
+    load_text, load_vae = text.load_text_encoder, vae.load_encoder
 
-    def text(*arguments, **named):
+    def captions(*arguments, **named):
         held["before text"] = mx.get_active_memory()
         encoder = load_text(*arguments, **named)
         held["text"] = mx.get_active_memory()
@@ -176,7 +197,7 @@ def test_the_text_encoder_is_gone_before_the_vae_comes(
         held["before vae"] = mx.get_active_memory()
         return load_vae(*arguments, **named)
 
-    monkeypatch.setattr(stage, "load_text_encoder", text)
+    monkeypatch.setattr(text, "load_text_encoder", captions)
     monkeypatch.setattr(stage.vae, "load_encoder", images)
     outcome = Project(tmp_path / "p", dev, pictures).write().relay("encode")
     assert outcome.status == 0, outcome.said

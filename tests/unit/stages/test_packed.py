@@ -14,9 +14,9 @@ from tiny.compare import assert_near
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import catalogue, names, packed, spec
 from flux2_relay.stages.encode import encoder_weights
-from flux2_relay.stages.encode.encoder_weights import encoder_identity, open_encoder
+from flux2_relay.stages.encode.encoder_weights import encoder_identity, layer_bytes, open_encoder
 from flux2_relay.stages.encode.entries import TextIdentity
-from flux2_relay.stages.encode.layers import decoder_layer, layer_bytes
+from flux2_relay.stages.encode.layers import decoder_layer
 from flux2_relay.stages.encode.layout import text_layout
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.text import load_text_encoder
