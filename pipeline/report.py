@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flux2_relay.pipeline import charts
+from flux2_relay.pipeline import charts, held_out
 from flux2_relay.pipeline.charts import Chart, Series, short
 from flux2_relay.pipeline.config import Config
 from flux2_relay.pipeline.page import page
@@ -59,7 +59,7 @@ def write_report(run: RunFolder, config: Config) -> Path:
         f'<p class="kind">flux2-relay run</p>\n<h1>{escape(config.run.name)}</h1>',
         _verdict(run, config, metrics),
         _facts(run, metrics),
-        _curves(config, metrics),
+        _curves(run, config, metrics),
         _previews(run, config),
         _about(run, config),
     ]
@@ -92,6 +92,8 @@ def _verdict(run: RunFolder, config: Config, metrics: Metrics) -> str:
     if done:
         first, last = (short(float(f"{end:.4g}")) for end in metrics.ends())
         said.append(f"loss {first} → {last}, first to last fifth of the steps" if done > 1 else f"loss {first}")
+    if (held := held_out.read(run)) is not None:
+        said.append(held_out.in_words(held))
     if run.adapter.exists():
         said.append(f"adapter <code>{escape(str(run.adapter))}</code>")
     if not finished:
@@ -122,11 +124,13 @@ def _facts(run: RunFolder, metrics: Metrics) -> str:
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-def _curves(config: Config, metrics: Metrics) -> str:
+def _curves(run: RunFolder, config: Config, metrics: Metrics) -> str:
     """Every chart of the run."""
     if not metrics.done:
         return '<h2>Curves</h2>\n<p class="hint">No step has been done yet.</p>'
     figures = [_figure(_loss(metrics), "wide"), _figure(_loss_by_sigma(metrics), "tall")]
+    if (held := held_out.read(run)) is not None:
+        figures += [_figure(held_out.curve(held), "wide"), _figure(held_out.by_sigma(held), "tall")]
     figures += [_figure(chart) for chart in _small_charts(config, metrics)]
     thinned = len(metrics.step) > charts.MOST_POINTS
     note = f'<p class="hint">Of {len(metrics.step):,} steps {charts.MOST_POINTS:,} are drawn.</p>' if thinned else ""

@@ -67,6 +67,10 @@ class RunFolder:
         """Every whole line of metrics; one that a kill cut off ends the file."""
         return _lines(self.metrics)
 
+    def validations(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of held-out losses, likewise."""
+        return _lines(self.validation)
+
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in the run's log."""
         say(sentence)
