@@ -1,5 +1,5 @@
-"""Previews: latents to pictures, with nothing but the VAE's decoder in memory.
+"""Latents to pictures, with nothing but the VAE's decoder in memory.
 
 stage.py  the stage
-sheet.py  the contact sheet
+sheet.py  contact sheets
 """

@@ -1,6 +1,9 @@
-"""Previews: latents that stage two left in the run folder, to PNG; only the VAE's decoder half is loaded."""
+"""Latents that stage two left in files, to PNG: previews of a run, and pictures on demand.
 
-from collections.abc import Callable
+Only the VAE's decoder half is loaded.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,8 +58,7 @@ def decode(
     if not every:
         raise InputError(f"{folder / 'previews'}: holds no preview latents; set previews.prompts and train")
     todo = [preview for preview in every if not _is_current(preview)]
-    if todo:
-        in_turn("VAE decoder", partial(_decode, todo, folders, say, budget_bytes), say)
+    to_png([(preview.latents, preview.picture) for preview in todo], folders, say, budget_bytes)
     contact_sheet(every_picture(every), folder / "previews" / "sheet.png")
     return [preview.picture for preview in todo]
 
@@ -71,18 +73,28 @@ def _is_current(preview: Preview) -> bool:
     return picture.exists() and picture.stat().st_mtime_ns >= preview.latents.stat().st_mtime_ns
 
 
-def _decode(todo: list[Preview], folders: ModelFolders, say: Callable[[str], None], budget_bytes: int | None) -> None:
+def to_png(
+    todo: Sequence[tuple[Path, Path]], folders: ModelFolders, say: Callable[[str], None], budget_bytes: int | None
+) -> None:
+    """Decode each file of latents to the PNG beside it, its metadata as text chunks; loads nothing for nothing."""
+    if todo:
+        in_turn("VAE decoder", partial(_decode, todo, folders, say, budget_bytes), say)
+
+
+def _decode(
+    todo: Sequence[tuple[Path, Path]], folders: ModelFolders, say: Callable[[str], None], budget_bytes: int | None
+) -> None:
     decoder = vae.load_decoder(folders.root, folders.vae)
     say_loaded("VAE decoder (float32)", say)
-    for preview in tqdm(todo, desc="previews", unit="picture", dynamic_ncols=True):
-        values, metadata = read_tensors(preview.latents)
+    for latents, picture in tqdm(todo, desc="decoding", unit="picture", dynamic_ncols=True):
+        values, metadata = read_tensors(latents)
         pixels = to_pixels(decoder.decode(values["latents"][None], budget_bytes)[0])
         told = PngInfo()
         for name, value in metadata.items():
             told.add_text(name, value)
-        aside = preview.picture.with_suffix(".part")
+        aside = picture.with_suffix(".part")
         Image.fromarray(pixels).save(aside, "PNG", pnginfo=told)
-        aside.replace(preview.picture)
+        aside.replace(picture)
 
 
 def to_pixels(image: mx.array) -> np.ndarray:

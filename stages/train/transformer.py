@@ -77,10 +77,10 @@ class Transformer:
         streams = list(self.embed(latents, context))
         self.residence.announce(range(self.spec.blocks))
         for place in range(self.spec.double_blocks):
-            streams, _ = blocks.double_forward(self.run, self.block(place), streams, modulation.double, rotary)
+            streams = blocks.double_forward(self.run, self.block(place), streams, modulation.double, rotary)[0]
         hidden = mx.concatenate(streams, axis=1)
         for place in range(self.spec.double_blocks, self.spec.blocks):
-            hidden, _ = blocks.single_forward(self.run, self.block(place), hidden, modulation.single, rotary)
+            hidden = blocks.single_forward(self.run, self.block(place), hidden, modulation.single, rotary)[0]
         return self.output(hidden[:, context.shape[1] :], modulation)
 
     def block(self, place: int) -> Block:
