@@ -6,6 +6,9 @@ cache_*.py     `relay cache`: its command line, what it does, why an entry is st
 models.py      `relay models`: what is known, what is found where
 plan*.py       `relay plan`: what both stages would do and take, and how it is told
 lacking.py     which entries a store lacks for a config, and why
+start_cli.py   the command line of somebody who begins: init, import, bench
+init*.py       `relay init`: a config for a data set on this machine, and why it is what it is
+commented.py   a config as text, with a comment beside every value
 check.py       `relay check`: the acceptance test
 labels.py      labels and wrapped sentences on a terminal
 place.py       which store such a command is about
