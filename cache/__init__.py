@@ -3,6 +3,7 @@
 It keeps arrays under keys and knows neither models nor images. Read in this order:
     errors.py    the errors of the house
     keys.py      what an entry depends on, hashed
+    chunks.py    an array as one chunk of a Zarr array, and back
     encoding.py  an entry as the two files of a Zarr v3 array
     durable.py   bytes first, name last: write, fsync, rename
     nodes.py     where entries lie: a folder ...

@@ -1,7 +1,6 @@
 """One entry as files: an array and what is known about it, to and from a Zarr v3 node in memory.
 
-Zarr itself writes and reads every byte, but only in memory: on disk it would write the metadata before the
-data and never fsync. A node is `{"c.0.0": chunk, "zarr.json": metadata}`, in the order of writing.
+A node is `{"c.0.0": chunk, "zarr.json": metadata}`, in the order of writing.
 
 bfloat16 is stored as its uint16 bits, which every Zarr tool opens; the logical type stands in the attributes.
 """
@@ -12,25 +11,15 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from flux2_relay.cache import chunks
+from flux2_relay.cache.chunks import CODECS, DIMENSIONS, chunk_name
 from flux2_relay.cache.errors import InputError
 from flux2_relay.cache.keys import key_of
 
-if TYPE_CHECKING:  # zarr takes a third of a second to import; `relay --help` must not
-    from zarr import Array
-    from zarr.storage import MemoryStore
-
-DIMENSIONS = {"text": ("token", "channel"), "latents": ("y", "x", "channel"), "masks": ("y", "x")}
-"""The kinds of entry and what the axes of their arrays mean."""
-
-CODECS = ("zstd", "none")
-"""What `codec` may be: blosc with zstd, or plain bytes; both end in a crc32c."""
-
-_BLOCK_BYTES = 1 << 20  # worth more than four compression levels on real hidden states: 1.42 instead of 1.26
-_NOT_A_NUMBER = {"uint16": 65535, "float16": math.nan, "float32": math.nan}  # 0xFFFF is a NaN in bfloat16
 _EXPONENT = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 # All ones: infinity or NaN.
 
@@ -82,49 +71,33 @@ def build(
     _refuse_shape(kind, array)
     _refuse_not_finite(array, dtype)
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    chunk = chunk_name(kind)
-    files: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as pool:  # hashing and compressing both free the GIL
         sha256 = pool.submit(digest, dtype, array)
-        _create(files, kind, array, codec)[...] = array
-    if chunk not in files:
-        raise InputError(f"{kind}: zarr wrote no chunk for an array of shape {array.shape}")
-    told: dict[str, Any] = {
-        "key": dict(key_object),
-        "sha256": sha256.result(),
-        "stored_bytes": len(files[chunk]),
-    }
+        chunk = chunks.pack(array, codec)
+    told: dict[str, Any] = {"key": dict(key_object), "sha256": sha256.result(), "stored_bytes": len(chunk)}
     if dtype == "bfloat16":
         told["dtype"] = dtype
-    metadata = json.loads(files["zarr.json"].to_bytes())
-    metadata["attributes"] = {"flux2_relay": {**told, "made": plain(made)}}
-    return {chunk: files[chunk].to_bytes(), "zarr.json": json.dumps(metadata, indent=2).encode()}
+    attributes = {"flux2_relay": {**told, "made": plain(made)}}
+    metadata = chunks.describe(kind, array.shape, array.dtype.name, codec, attributes)
+    return {chunk_name(kind): chunk, "zarr.json": _indented(metadata)}
 
 
 def build_group(attributes: Mapping[str, object]) -> bytes:
     """Encode a group: its attributes -> its zarr.json."""
-    from zarr import create_group
-
-    files: dict[str, Any] = {}
-    create_group(_memory(files), attributes=dict(attributes), zarr_format=3)
-    return files["zarr.json"].to_bytes()
+    return _indented({"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
 
 
 def parse_header(zarr_json: bytes, kind: str, key: str, chunk_bytes: int | None = None) -> Header:
     """Check all that the metadata alone can show: zarr.json [and the chunk's size] -> Header, or Damage."""
-    metadata = parse_object(zarr_json)
-    try:
-        return _header(metadata, kind, key, chunk_bytes)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another structure
-        raise Damage(f"its zarr.json is not that of an entry ({error})") from error
+    return _header(parse_object(zarr_json), kind, key, chunk_bytes)
 
 
 def decode(node: Mapping[str, bytes], kind: str, key: str) -> Entry:
     """Decode an entry and check its crc32c, not its sha256: its two files -> Entry, or Damage."""
-    chunk = node[chunk_name(kind)]
-    header = parse_header(node["zarr.json"], kind, key, len(chunk))
+    chunk, metadata = node[chunk_name(kind)], parse_object(node["zarr.json"])
+    header = _header(metadata, kind, key, len(chunk))
     try:
-        array = _decode(node)
+        array = chunks.unpack(chunk, metadata, kind)
     except MemoryError:
         raise
     except Exception as error:  # whatever zarr and its codecs think of a broken file
@@ -162,28 +135,17 @@ def adopt(kind: str, node: Mapping[str, bytes], chunk: bytes) -> dict[str, bytes
 
     Their bits may differ from ours in the last place, and their codec need not be ours.
     """
-    if chunk == node[chunk_name(kind)]:
-        return dict(node)
-    told = json.loads(node["zarr.json"])["attributes"]["flux2_relay"]
-    array = _decode(node)
+    ours = json.loads(node["zarr.json"])
+    told = ours["attributes"]["flux2_relay"]
     for codec in CODECS:
-        theirs = {**build(kind, told["key"], array, told["made"], codec), chunk_name(kind): chunk}
+        theirs = chunks.describe(kind, ours["shape"], ours["data_type"], codec, ours["attributes"])
         try:
-            found = _decode(theirs)
+            found = chunks.unpack(chunk, theirs, kind)
         except Exception:  # another codec, or no chunk at all
             continue
-        metadata = json.loads(theirs["zarr.json"])
-        metadata["attributes"]["flux2_relay"] |= {
-            "sha256": digest(told.get("dtype", found.dtype.name), found),
-            "stored_bytes": len(chunk),
-        }
-        return {**theirs, "zarr.json": json.dumps(metadata, indent=2).encode()}
+        told |= {"sha256": digest(told.get("dtype", found.dtype.name), found), "stored_bytes": len(chunk)}
+        return {chunk_name(kind): chunk, "zarr.json": _indented(theirs)}
     raise Damage("it cannot be decoded")
-
-
-def chunk_name(kind: str) -> str:
-    """Name of the only chunk of an entry of this kind: c.0.0 or c.0.0.0."""
-    return "c" + ".0" * len(DIMENSIONS[kind])
 
 
 def file_names(kind: str) -> tuple[str, str]:
@@ -209,14 +171,25 @@ def parse_object(zarr_json: bytes) -> dict[str, Any]:
     return metadata
 
 
+def _indented(metadata: Mapping[str, object]) -> bytes:
+    return json.dumps(metadata, indent=2).encode()
+
+
 def _header(metadata: Mapping[str, Any], kind: str, key: str, chunk_bytes: int | None) -> Header:
+    try:
+        return _described(metadata, kind, key, chunk_bytes)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but of another structure
+        raise Damage(f"its zarr.json is not that of an entry ({error})") from error
+
+
+def _described(metadata: Mapping[str, Any], kind: str, key: str, chunk_bytes: int | None) -> Header:
     told = metadata.get("attributes", {}).get("flux2_relay")
     if metadata.get("node_type") != "array" or not isinstance(told, dict) or not isinstance(told.get("key"), dict):
         raise Damage("its zarr.json does not describe an entry of this program")
     _compare_name(told["key"], key)
     shape = metadata.get("shape")
     grid = metadata.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
-    if not isinstance(shape, list) or len(shape) != len(DIMENSIONS[kind]) or shape != grid:
+    if not _is_shape(shape, len(DIMENSIONS[kind])) or shape != grid:
         raise Damage(f"its zarr.json gives shape {shape} in chunks of {grid}")
     if [codec.get("name") for codec in metadata.get("codecs", [])][-1:] != ["crc32c"]:
         raise Damage("its zarr.json names no checksum")
@@ -225,38 +198,8 @@ def _header(metadata: Mapping[str, Any], kind: str, key: str, chunk_bytes: int |
     return Header(shape=tuple(shape), dtype=_told_dtype(metadata, told), attributes=told)
 
 
-def _create(files: dict[str, Any], kind: str, array: np.ndarray, codec: str) -> "Array[Any]":
-    from zarr import create_array
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-
-    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=array.dtype.itemsize, blocksize=_BLOCK_BYTES)
-    return create_array(
-        _memory(files),
-        shape=array.shape,
-        chunks=array.shape,
-        dtype=array.dtype,
-        serializer=BytesCodec(endian="little"),
-        compressors=[blosc, Crc32cCodec()] if codec == "zstd" else [Crc32cCodec()],
-        config={"write_empty_chunks": True},  # do not even look whether a chunk is all fill: none of ours is
-        fill_value=_NOT_A_NUMBER[array.dtype.name],
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=DIMENSIONS[kind],
-        zarr_format=3,
-    )
-
-
-def _decode(node: Mapping[str, bytes]) -> np.ndarray:
-    from zarr import open_array
-    from zarr.buffer.cpu import Buffer
-
-    files = {name: Buffer.from_bytes(data) for name, data in node.items()}
-    return np.asarray(open_array(_memory(files, read_only=True), mode="r", zarr_format=3)[...])
-
-
-def _memory(files: dict[str, Any], read_only: bool = False) -> "MemoryStore":
-    from zarr.storage import MemoryStore
-
-    return MemoryStore(files, read_only=read_only)
+def _is_shape(shape: object, axes: int) -> TypeGuard[list[int]]:
+    return isinstance(shape, list) and len(shape) == axes and all(type(size) is int and size > 0 for size in shape)
 
 
 def _logical_dtype(key_object: Mapping[str, object], array: np.ndarray) -> str:
