@@ -9,6 +9,9 @@ lacking.py     which entries a store lacks for a config, and why
 start_cli.py   the command line of somebody who begins: init, import, bench
 init*.py       `relay init`: a config for a data set on this machine, and why it is what it is
 commented.py   a config as text, with a comment beside every value
+adapter_cli.py the command line of export and merge
+export.py      `relay export`: an adapter for another program
+card.py        what the adapter of a run says of itself
 check.py       `relay check`: the acceptance test
 labels.py      labels and wrapped sentences on a terminal
 place.py       which store such a command is about

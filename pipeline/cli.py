@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.pipeline import cache_cli, signals, start_cli
+from flux2_relay.pipeline import adapter_cli, cache_cli, signals, start_cli
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -93,29 +93,6 @@ def decode(run: Path) -> None:
 
 
 @cli.command()
-@click.argument("source", metavar="RUN_OR_FILE", type=click.Path(path_type=Path))
-@click.option("--format", "form", required=True, type=click.Choice(["diffusers", "comfyui", "kohya"]), help="For whom.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write (.safetensors).")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "float32"]), help="Of the factors; else that of the source.")
-@click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step of the run; else the newest.")
-@click.option("--best", is_flag=True, help="The checkpoint with the least held-out loss.")
-@click.option("--ema", is_flag=True, help="The running mean that train.ema asked for.")
-@click.option("--allow-identity", is_flag=True, help="Write an adapter that changes nothing, too.")
-@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="Whose model a FILE is for.")
-def export(source: Path, form: str, out: Path, config_file: Path | None, **choice: Any) -> None:  # noqa: ANN401
-    """Write the adapter of a run, or any LoRA file, for another program; it is read back and compared.
-
-    RUN_OR_FILE is a run folder, or a LoRA in any naming that is known: converting is exporting.
-    """
-    from flux2_relay.pipeline import config, export
-
-    if choice["best"] and choice["step"] is not None:
-        raise click.UsageError("Choose one checkpoint: --best or --step N.")
-    of_model = None if config_file is None else config.load_config(config_file)
-    export.export(source, form, out, export.Choice(**choice), of_model)
-
-
-@cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 def report(runs: tuple[Path, ...]) -> None:
     """Write RUNS' loss curve and previews as one HTML page each."""
@@ -144,6 +121,7 @@ def models(config_file: Path | None, settings: tuple[str, ...], path: str | None
 
 
 cli.add_command(cache_cli.cache)
+cli.add_command(adapter_cli.export)
 cli.add_command(start_cli.init)
 
 

@@ -5,13 +5,11 @@ A stage is imported when its command runs and never beside another: each is its 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import events, run_folder
+from flux2_relay.pipeline import card, events, run_folder
 from flux2_relay.pipeline.config import Config, flat
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
@@ -128,7 +126,7 @@ def train_job(config: Config, given: Ready, folder: Path) -> "TrainJob":
         previews=config.previews,
         memory=config.memory,
         distilled=given.distilled,
-        metadata=_metadata(config, given.record.key),
+        metadata=card.of_run(config, given.record.key),
         config=flat(config),
         resume=False,
         max_steps=None,
@@ -239,22 +237,6 @@ def _is_finished(run: RunFolder, steps: int) -> bool:
 
     saved = checkpoint.saved(run.path / "checkpoints")
     return run.adapter.exists() and bool(saved) and int(saved[-1].name) >= steps
-
-
-def _metadata(config: Config, key: str) -> dict[str, str]:
-    """What the adapter's file says of itself; strings only, as safetensors has it."""
-    triggers = [options.trigger for options in config.data if options.trigger]
-    return {
-        "flux2_relay.version": version("flux2-relay"),
-        "flux2_relay.base": config.model.path.rstrip("/").rpartition("/")[2],
-        "flux2_relay.rank": str(config.lora.rank),
-        "flux2_relay.alpha": str(config.lora.alpha),
-        "flux2_relay.trigger": ", ".join(triggers),
-        "flux2_relay.set": key,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": config.run.name,
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def say_blas() -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -13,16 +13,25 @@ from flux2_relay.cache import durable
 from flux2_relay.cache.errors import InputError, RelayError
 
 
-def write_tensors(path: Path, values: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole under its name or not there at all: written aside, read back, synced, renamed."""
+def write_tensors(
+    path: Path,
+    values: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    prove: Callable[[Path], None] = lambda aside: None,
+) -> None:
+    """A safetensors file, whole under its name or not there at all: written aside, synced, read back, renamed.
+
+    `prove` looks at it before it has its name and raises where it is not what it should be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".new-", suffix=".safetensors", dir=path.parent)
     os.close(handle)
     aside = Path(name)
     try:
         _save(aside, values, metadata)
-        _compare(aside, values)
         _sync(aside)
+        _compare(aside, values)
+        prove(aside)
         os.replace(aside, path)
         durable.sync_folder(path.parent)
     except BaseException:

@@ -4,6 +4,8 @@ blocks.py       the two kinds of block as pure functions
 transformer.py  weights, and the forward pass
 lora.py         adapters
 dropout.py      the share of their input that is left out
+adapter_names.py what LoRA files call the linears
+adapter_sizes.py the model that one is for, from its shapes
 adapter_file.py LoRA files of any naming
 init.py         starting from one
 objective.py    noise, sigma, loss
@@ -26,7 +28,10 @@ sample.py       from noise to latents
 previews.py     when, and which
 checkpoint.py   to go on from
 resume.py       whether one can, under another config
-export.py       the adapter for other programs
+adapter_formats.py how other programs want an adapter
+adapter_card.py what its file says of itself
+adapter_proof.py whether two adapters are the same update
+export.py       the adapter for other programs, read back and compared
 files.py        bytes first, name last
 options.py      what it may be told
 """

@@ -18,14 +18,17 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import names
 from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train.transformer import block_linears, outer_shapes
+from flux2_relay.stages.train import adapter_names, adapter_sizes
+from flux2_relay.stages.train.adapter_names import Module
 from flux2_relay.stages.weights import listing
 
-_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
-_KEY = re.compile(r"(.+?)\.(?:lora_([AB])(?:\.default)?\.weight|lora[_.](down|up)\.weight|(alpha))")
+_KEY = re.compile(
+    r"(.+?)(?:\.lora_([AB])(?:\.\w+)?\.weight"  # with peft's name of the adapter, or without
+    r"|(?:\.lora_linear_layer|[._]lora)[._](down|up)\.weight"  # with two spellings of older diffusers
+    r"|\.(alpha))"
+)
 _ROLES = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -39,20 +42,24 @@ class Factors:
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
-    """A linear as a file may name it: one of ours, or three whose rows it stacks."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterFile:
+    """What a LoRA file holds."""
 
-    parts: tuple[str, ...]
-    shape: tuple[int, int]
-    swapped: bool = False  # the two halves of its rows stand in the other order
+    factors: dict[str, Factors]
+    """Updates by diffusers' module paths."""
+    spec: TransformerSpec
+    """The transformer that it was read for."""
+    metadata: dict[str, str]
+    dtype: mx.Dtype
+    """The type that all factors stand in; float32 where they differ."""
 
 
 @dataclass(slots=True)
 class _Found:
     """What the file has of one module: role -> (name in the file, value)."""
 
-    module: _Module
+    module: Module
     tensors: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
 
 
@@ -62,12 +69,26 @@ def read(path: Path | str, spec: TransformerSpec) -> dict[str, Factors]:
     InputError names every tensor that belongs to no module of this model, has no partner, or has a shape that does
     not fit.
     """
+    return read_file(path, spec).factors
+
+
+def read_file(path: Path | str, spec: TransformerSpec | None = None, told_by: Path | None = None) -> AdapterFile:
+    """A LoRA file whole; without `spec`, the sizes of its model are told by its own shapes. InputError as for `read`.
+
+    `told_by` is another file whose metadata hold for this one.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a LoRA in safetensors")
     values, metadata = read_tensors(path)
-    faults: list[str] = []
-    found = _sorted_out(values, _modules(spec), faults)
+    if told_by is not None:
+        metadata = read_tensors(told_by)[1]
+    placed, faults = _placed(values)
+    spec = spec or adapter_sizes.spec_of(_sides(placed, values))
+    if spec is None:
+        faults.append("no tensor of it has the name of a linear of FLUX.2" if values else "it holds no tensor at all")
+        raise InputError(listing(f"{path} is no LoRA for FLUX.2:", faults))
+    found = _by_module(values, placed, adapter_names.known(spec), faults)
     for name, one in found.items():
         faults += _faults(name, one)
     if not found and not faults:
@@ -75,58 +96,60 @@ def read(path: Path | str, spec: TransformerSpec) -> dict[str, Factors]:
     if faults:
         raise InputError(listing(f"{path} is no LoRA for this model:", faults))
     told = _Told.read(metadata, path)
-    return dict(pair for one in found.values() for pair in _factors(one, told))
+    factors = dict(pair for one in found.values() for pair in _factors(one, told))
+    return AdapterFile(factors=factors, spec=spec, metadata=metadata, dtype=_dtype(found))
 
 
-def _sorted_out(values: Mapping[str, mx.array], known: Mapping[str, _Module], faults: list[str]) -> dict[str, _Found]:
-    """The tensors by module and role; what cannot be placed goes to `faults`."""
-    found: dict[str, _Found] = {}
-    for key, value in values.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+def _placed(values: Mapping[str, mx.array]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Key -> (plain module name, role), and a fault for each key that is no factor."""
+    placed, faults = {}, []
+    for key in values:
+        if match := _KEY.fullmatch(key):
+            placed[key] = adapter_names.plain(match[1]), _ROLES[match[2] or match[3] or match[4]]
+        else:
             faults.append(f"{key} is no factor of a LoRA (expected lora_A, lora_B, lora_down, lora_up or alpha)")
-            continue
-        name = _plain(match[1])
+    return placed, faults
+
+
+def _sides(placed: Mapping[str, tuple[str, str]], values: Mapping[str, mx.array]) -> Iterator[adapter_sizes.Side]:
+    for key, (name, role) in placed.items():
+        if role in ("A", "B") and values[key].ndim == 2:
+            yield name, role, values[key].shape[role == "A"]
+
+
+def _by_module(
+    values: Mapping[str, mx.array],
+    placed: Mapping[str, tuple[str, str]],
+    known: adapter_names.Modules,
+    faults: list[str],
+) -> dict[str, _Found]:
+    """The tensors by module and role; what this model has no place for goes to `faults`."""
+    found: dict[str, _Found] = {}
+    for key, (name, role) in placed.items():
         if name not in known:
             faults.append(f"{key}: this model has no linear of that name")
             continue
-        role = _ROLES[match[2] or match[3] or match[4]]
         one = found.setdefault(name, _Found(known[name]))
         if role in one.tensors:
             faults.append(f"{key} stands there a second time, as {one.tensors[role][0]}")
-        one.tensors[role] = key, value
+        one.tensors[role] = key, values[key]
+    faults += _doubled(found)
     return found
 
 
-def _plain(name: str) -> str:
-    """A module's name without what programs put in front, its dots as underscores: the one form that all can take."""
-    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name.replace(".", "_")
+def _doubled(found: Mapping[str, _Found]) -> Iterator[str]:
+    """A fault for each module that two namings of one file have: which of them would count?"""
+    first: dict[str, str] = {}
+    for name, one in found.items():
+        for part in one.module.parts:
+            if part in first:
+                yield f"{part} stands there twice, as {first[part]} and as {name}"
+            first.setdefault(part, name)
 
 
-def _modules(spec: TransformerSpec) -> dict[str, _Module]:
-    """Plain name -> module, for every name that a linear of this model has anywhere."""
-    shapes: dict[str, tuple[int, int]] = block_linears(spec) | {n: (s[0], s[1]) for n, s in outer_shapes(spec).items()}
-    known = {name: _Module((name,), shape) for name, shape in shapes.items()}
-    known |= {bfl: known[ours] for bfl, ours in names.OUTER.items() if ours in known}
-    for bfl, ours in names.SWAPPED.items():
-        known[bfl] = _Module((ours,), shapes[ours], swapped=True)
-    for index in range(spec.double_blocks):
-        block = f"transformer_blocks.{index}"
-        known[f"{block}.attn.to_out"] = known[f"{block}.attn.to_out.0"]  # as mflux writes it
-        pairs = {bfl: f"{block}.{ours}" for bfl, ours in names.DOUBLE.items()}
-        known |= {f"double_blocks.{index}.{bfl}": known[ours] for bfl, ours in pairs.items() if ours in known}
-        for bfl, parts in names.FUSED.items():
-            rows, columns = shapes[f"{block}.{parts[0]}"]
-            fused = _Module(tuple(f"{block}.{part}" for part in parts), (3 * rows, columns))
-            known[f"double_blocks.{index}.{bfl}"] = fused
-    for index in range(spec.single_blocks):
-        pairs = {bfl: f"single_transformer_blocks.{index}.{ours}" for bfl, ours in names.SINGLE.items()}
-        known |= {f"single_blocks.{index}.{bfl}": known[ours] for bfl, ours in pairs.items() if ours in known}
-    for number in (1, 2):  # mflux again
-        known[f"time_guidance_embed.linear_{number}"] = known[f"time_guidance_embed.timestep_embedder.linear_{number}"]
-    return {name.replace(".", "_"): module for name, module in known.items()}
+def _dtype(found: Mapping[str, _Found]) -> mx.Dtype:
+    types = {one.tensors[role][1].dtype for one in found.values() for role in ("A", "B")}
+    return types.pop() if len(types) == 1 else mx.float32
 
 
 def _faults(name: str, found: _Found) -> list[str]:
@@ -167,12 +190,14 @@ def _factors(found: _Found, told: "_Told") -> Iterator[tuple[str, Factors]]:
     if len(module.parts) == 1:
         yield module.parts[0], Factors(a, b, scale)
         return
-    for path, rows in zip(module.parts, mx.split(b, len(module.parts), axis=0), strict=True):
-        used = [n for n, is_used in enumerate(mx.any(rows != 0, axis=0).tolist()) if is_used]  # type: ignore[arg-type]
-        if (
-            used
-        ):  # in a block-diagonal B each part uses columns of its own, and the others' rows of A mean nothing to it
-            yield path, Factors(a[mx.array(used)], rows[:, mx.array(used)], scale)
+    parts = mx.split(b, len(module.parts), axis=0)
+    columns = [[n for n, used in enumerate(mx.any(part != 0, axis=0).tolist()) if used] for part in parts]  # type: ignore[arg-type]
+    if not any(columns) and rank % len(parts) == 0:  # untrained: the rows of A belong to the parts in their order
+        third = rank // len(parts)
+        columns = [list(range(place * third, (place + 1) * third)) for place in range(len(parts))]
+    for path, part, used in zip(module.parts, parts, columns, strict=True):
+        if used:  # in a block-diagonal B each part uses columns of its own; the others' rows of A mean nothing to it
+            yield path, Factors(a[mx.array(used)], part[:, mx.array(used)], scale)
 
 
 @dataclass(frozen=True, slots=True)
