@@ -79,17 +79,21 @@ def _draw(job: DrawingJob, todo: Sequence[Order], places: ModelFolders, spec: Tr
     with in_plain_words(lambda: "Pictures drawn before are kept; the same command draws the others."):
         transformer = _load(job, places, spec)
         try:
-            with tqdm(
-                total=sum(order.steps for order in todo), desc="pictures", unit="step", dynamic_ncols=True
-            ) as bar:
-                for number, (order, adapters) in enumerate(_with_adapters(todo, updates), start=1):
-                    transformer.adapters = adapters
-                    bar.set_postfix_str(f"picture {number} of {len(todo)}", refresh=False)
-                    latents = draw(transformer, _picture(order, contexts), bar.update)
-                    _refuse_broken(latents, order)
-                    write_tensors(order.latents, {"latents": latents}, order.told)
+            _draw_each(transformer, todo, updates, contexts)
         finally:
             transformer.residence.close()
+
+
+def _draw_each(
+    transformer: Transformer, todo: Sequence[Order], updates: Sequence[mixing.Updates], contexts: Contexts
+) -> None:
+    with tqdm(total=sum(order.steps for order in todo), desc="pictures", unit="step", dynamic_ncols=True) as bar:
+        for number, (order, adapters) in enumerate(_with_adapters(todo, updates), start=1):
+            transformer.adapters = adapters
+            bar.set_postfix_str(f"picture {number} of {len(todo)}", refresh=False)
+            latents = draw(transformer, _picture(order, contexts), bar.update)
+            _refuse_broken(latents, order)
+            write_tensors(order.latents, {"latents": latents}, order.told)
 
 
 def _refuse_broken(latents: mx.array, order: Order) -> None:
