@@ -58,8 +58,8 @@ def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job"
     ]
     samples = read_samples(config.data)
     places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
-    _require(config, places, "text_encoder", "tokenizer", "vae")
-    _check_model(config, places)
+    require(config, places, "text_encoder", "tokenizer", "vae")
+    check_model(config, places)
     return stage.Job(
         name=config.run.name,
         request=set_request(config),
@@ -104,8 +104,8 @@ def ready(config: Config) -> Ready:
         )
     model = config.model
     places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
-    _require(config, places, "transformer")
-    spec, distilled = _check_model(config, places)
+    require(config, places, "transformer")
+    spec, distilled = check_model(config, places)
     _check_encoder(places, record.body["identities"]["encoder"])
     return Ready(store=store, record=record, places=places, spec=spec, distilled=distilled)
 
@@ -186,14 +186,14 @@ def report(paths: tuple[Path, ...]) -> None:
         say(f"the report is {write_report(run, config)}")
 
 
-def _require(config: Config, places: "ModelFolders", *parts: "PartName") -> None:
+def require(config: Config, places: "ModelFolders", *parts: "PartName") -> None:
     """Refuse a model without the files of these parts, naming what to download."""
     from flux2_relay.stages import folders, spec
 
     folders.require(places, parts, spec.name_of(places) if config.model.name == "auto" else config.model.name)
 
 
-def _check_model(config: Config, places: "ModelFolders") -> "tuple[TransformerSpec, bool]":
+def check_model(config: Config, places: "ModelFolders") -> "tuple[TransformerSpec, bool]":
     """The transformer's spec and whether it is distilled, if it is what `model.name` says and fits its encoder.
 
     A training machine need not have the encoder.
