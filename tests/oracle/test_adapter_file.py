@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
-from oracle import reference_training
+from diffusers import Flux2Transformer2DModel
+from oracle import adapters, reference_training
 from oracle.reference import Reference
 from tiny import cases, ours
 from tiny.compare import assert_near, relative_error
@@ -35,7 +35,7 @@ def test_diffusers_loads_what_was_trained(reference: Reference, name: str, tmp_p
     given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
     base = reference_training.velocity(reference.transformer, given)
     expected = reference_training.velocity(_merged(reference, values, options.alpha), given)
-    for load in (_through_the_pipeline, _through_the_model):
+    for load in (adapters.through_the_pipeline, adapters.through_the_model):
         actual = reference_training.velocity(load(reference, path), given)
         assert_near(actual, expected, LIMIT, load.__name__)
     assert_near(ours.velocity(model, given), expected, LIMIT, "ours")
@@ -48,33 +48,15 @@ def test_an_adapter_of_step_0_changes_nothing(reference: Reference, tmp_path: Pa
     export.write_diffusers(model, path, {})
     given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
     expected = reference_training.velocity(reference.transformer, given)
-    loaded = _through_the_pipeline(reference, path)
+    loaded = adapters.through_the_pipeline(reference, path)
     assert loaded.peft_config, "nothing was loaded"
     assert_near(reference_training.velocity(loaded, given), expected, 1e-6)
 
 
-def _fresh(reference: Reference) -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel.from_pretrained(reference.folder / "transformer", torch_dtype=torch.float32).eval()
-
-
-def _through_the_model(reference: Reference, path: Path) -> Flux2Transformer2DModel:
-    model = _fresh(reference)
-    model.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="transformer")
-    return model
-
-
-def _through_the_pipeline(reference: Reference, path: Path) -> Flux2Transformer2DModel:
-    of_class = Flux2KleinPipeline if reference.is_klein else Flux2Pipeline
-    pipeline = of_class(None, None, None, None, _fresh(reference))
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    return pipeline.transformer
-
-
 def _merged(reference: Reference, values: dict, alpha: float) -> Flux2Transformer2DModel:
     """W + alpha / rank B A, formed in float64."""
-    model = _fresh(reference)
+    updates = {}
     for name in {name.rsplit(".lora_", 1)[0] for name in values}:
-        a, b = (torch.from_numpy(values[f"{name}.lora_{factor}.weight"]).double() for factor in "AB")
-        weight = model.get_parameter(f"{name}.weight")
-        weight.data = (weight.data.double() + alpha / len(a) * b @ a).float()
-    return model
+        a, b = (values[f"{name}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
+        updates[name] = alpha / len(a) * b @ a
+    return adapters.merged(reference, updates)
