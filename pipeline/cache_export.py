@@ -48,7 +48,7 @@ def whole(store: Store, kind: str, key: str) -> "tuple[str, mx.array]":
     """An entry whole -> tensor's name, array float32; a caption's own rows with prefix and pads around them."""
     import mlx.core as mx
 
-    from flux2_relay.stages.train.contexts import Contexts, to_mlx
+    from flux2_relay.stages.train.contexts import Contexts, stored, to_mlx
 
     entry = store.read(kind, key)
     if kind != "text":
@@ -60,7 +60,7 @@ def whole(store: Store, kind: str, key: str) -> "tuple[str, mx.array]":
     if key_object["rows"] == "own":
         prefix, pad = (to_mlx(store.read("text", _shared_key(key_object, rows))) for rows in ("prefix", "pad"))
     contexts = Contexts(store, key, prefix, pad, int(key_object["max_length"]))
-    return "context", contexts.whole(entry).astype(mx.float32)
+    return "context", contexts.whole(stored(entry)).astype(mx.float32)
 
 
 def _shared_key(key_object: Mapping[str, object], rows: str) -> str:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from flux2_relay.cache import Entry, Store
+from flux2_relay.cache import Store
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.train import randomness
-from flux2_relay.stages.train.contexts import Contexts, reference_ids, to_mlx, tokens
+from flux2_relay.stages.train.contexts import Contexts, Stored, reference_ids, stored, tokens, typed
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.transformer import image_ids, text_ids
@@ -159,33 +159,38 @@ class Order(Protocol):
 def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, last: int) -> Iterator[Loaded]:
     """The steps `first` … `last` - 1 in order; entries are read in threads, two steps ahead.
 
-    What goes wrong in a thread is raised here, in the step that needs the entry.
+    The threads also carry them into MLX's memory, so that a step finds its arrays ready and has only to name what is
+    to be computed of them. What goes wrong in a thread is raised here, in the step that needs the entry.
     """
     waiting: deque[list[list[_Read]]] = deque()
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="reader") as pool:
+
+        def fetch(kind: str, key: str) -> Future[Stored]:
+            return pool.submit(lambda: stored(store.read(kind, key)))
 
         def read(draw: Draw) -> _Read:
             item = draw.item
             return _Read(
                 draw,
-                pool.submit(store.read, "latents", item.latents),
-                pool.submit(contexts.read, draw.caption),
-                [pool.submit(store.read, "latents", key) for key, _ in item.references],
-                pool.submit(store.read, "masks", item.mask) if item.mask else None,
+                fetch("latents", item.latents),
+                fetch("text", draw.caption),
+                [fetch("latents", key) for key, _ in item.references],
+                fetch("masks", item.mask) if item.mask else None,
             )
 
         def submit(step: int) -> None:
-            waiting.append([[read(draw) for draw in draws] for draws in batches.at(step)])
+            if step < last:
+                waiting.append([[read(draw) for draw in draws] for draws in batches.at(step)])
 
         try:
-            for step in range(first, min(first + _AHEAD, last)):
+            for step in range(first, first + _AHEAD):
                 submit(step)
             for step in range(first, last):
-                if step + _AHEAD < last:
-                    submit(step + _AHEAD)
                 started = time.perf_counter()
                 passes = [_batch(reads, contexts, batches.prior_weight) for reads in waiting.popleft()]
-                yield Loaded(step, passes, time.perf_counter() - started)
+                waited = time.perf_counter() - started
+                submit(step + _AHEAD)  # only now: threads that begin to read would delay the batch that is ready
+                yield Loaded(step, passes, waited)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -195,10 +200,10 @@ class _Read:
     """The entries of one draw, on their way."""
 
     draw: Draw
-    latents: Future[Entry]
-    text: Future[Entry]
-    references: list[Future[Entry]]
-    mask: Future[Entry] | None
+    latents: Future[Stored]
+    text: Future[Stored]
+    references: list[Future[Stored]]
+    mask: Future[Stored] | None
 
 
 def _batch(reads: list[_Read], contexts: Contexts, prior_weight: float) -> tuple[list[Draw], Batch]:
@@ -225,4 +230,4 @@ def _mask(read: _Read) -> mx.array:
     """The mask [L] of an item; one without trains all its rows."""
     if read.mask is None:
         return mx.ones(read.draw.item.size[0] * read.draw.item.size[1])
-    return to_mlx(read.mask.result()).reshape(-1).astype(mx.float32)
+    return typed(read.mask.result()).reshape(-1).astype(mx.float32)

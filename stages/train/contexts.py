@@ -5,6 +5,7 @@ Letters: L image tokens, T text rows, C context channels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +16,30 @@ from flux2_relay.stages.context import assemble
 from flux2_relay.stages.train.transformer import image_ids
 
 
+class Stored(NamedTuple):
+    """An entry's array as it is stored, in MLX's memory.
+
+    Made by a copy, not by an operation: MLX computes in the thread in which an operation was asked for, so this may be
+    made in any thread and used in another.
+    """
+
+    array: mx.array
+    is_bfloat16: bool  # whose bits `array` then holds, as uint16
+
+
+def stored(entry: Entry) -> Stored:
+    """Copy an entry into MLX's memory; safe to call from any thread."""
+    return Stored(mx.array(entry.array), entry.dtype == "bfloat16")
+
+
+def typed(entry: Stored) -> mx.array:
+    """The array with its logical type."""
+    return entry.array.view(mx.bfloat16) if entry.is_bfloat16 else entry.array
+
+
 def to_mlx(entry: Entry) -> mx.array:
     """An entry's array with its logical type: bfloat16 is stored as its bits."""
-    array = mx.array(entry.array)
-    return array.view(mx.bfloat16) if entry.dtype == "bfloat16" else array
+    return typed(stored(entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +52,16 @@ class Contexts:
     pad: mx.array | None  # [1, C]
     length: int  # text rows T
 
-    def read(self, key: str) -> Entry:
-        """The stored rows of one caption; safe to call from any thread."""
-        return self.store.read("text", key)
-
-    def whole(self, entry: Entry) -> mx.array:
+    def whole(self, entry: Stored) -> mx.array:
         """The context [T, C] of an entry, in the stored type."""
-        rows = to_mlx(entry)
+        rows = typed(entry)
         if self.prefix is None or self.pad is None:
             return rows
         return assemble(rows, self.prefix, self.pad, self.length)
 
     def context(self, key: str) -> mx.array:
         """The context [T, C] under `key`."""
-        return self.whole(self.read(key))
+        return self.whole(stored(self.store.read("text", key)))
 
 
 def open_contexts(store: Store, body: Mapping[str, object], context_width: int) -> Contexts:
@@ -62,9 +79,9 @@ def open_contexts(store: Store, body: Mapping[str, object], context_width: int) 
     return Contexts(store, shared["empty"], prefix, pad, int(key["max_length"]))
 
 
-def tokens(entry: Entry) -> mx.array:
+def tokens(entry: Stored) -> mx.array:
     """Stored latents [h, w, 128] -> tokens [L, 128] float32, row-major."""
-    latents = to_mlx(entry)
+    latents = typed(entry)
     return latents.reshape(-1, latents.shape[-1]).astype(mx.float32)
 
 

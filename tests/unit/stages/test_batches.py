@@ -10,8 +10,9 @@ import pytest
 
 from flux2_relay import cache
 from flux2_relay.cache.errors import InputError, StoreError
+from flux2_relay.stages.train import batches as batches_module
 from flux2_relay.stages.train.batches import Batches, Item, items, load_ahead
-from flux2_relay.stages.train.contexts import open_contexts, tokens
+from flux2_relay.stages.train.contexts import Contexts, Stored, open_contexts, stored, tokens
 from flux2_relay.stages.train.options import TrainOptions
 
 EMPTY = "e"
@@ -155,7 +156,10 @@ class Shelf:
     def load(self, last: int, first: int = 0, **options) -> Iterator:
         made = Batches(self.body, TrainOptions(**{"caption_dropout": 0.0, **options}), 0)
         self.expected = [[[int(d.item.id[1:]) for d in draws] for draws in made.at(n)] for n in range(first, last)]
-        return load_ahead(made, self.store, open_contexts(self.store, self.body, 6), first, last)
+        return load_ahead(made, self.store, self.contexts(), first, last)
+
+    def contexts(self) -> Contexts:
+        return open_contexts(self.store, self.body, 6)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +221,29 @@ def test_leaving_early_leaves_no_thread_behind(shelf: Shelf) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
+def test_the_readers_carry_entries_into_the_memory_of_mlx(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    names = []
+
+    def noting(entry: cache.Entry) -> Stored:
+        names.append(threading.current_thread().name)
+        return stored(entry)
+
+    monkeypatch.setattr(batches_module, "stored", noting)
+    assert len(list(shelf.load(4, batch=2))) == 4
+    assert len(names) == 4 * 2 * 2
+    assert all(name.startswith("reader") for name in names)
+
+
+def test_no_more_than_two_steps_are_read_ahead(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda self, step: asked.append(step) or real(self, step))
+    for loaded in load_ahead(batches(shelf.body["samples"]), shelf.store, shelf.contexts(), 0, 6):
+        assert max(asked) == min(loaded.step + 2, 5)
+
+
 def test_captions_of_another_width_are_refused(shelf: Shelf) -> None:
     with pytest.raises(InputError, match=r"have 6 channels, but .* reads 7"):
         open_contexts(shelf.store, shelf.body, 7)
@@ -229,4 +256,4 @@ def test_stored_types_come_back(tmp_path: Path) -> None:
         typed = values.astype(getattr(mx, dtype))
         array = np.array(typed.view(mx.uint16) if dtype == "bfloat16" else typed)
         key = store.publish("latents", {"kind": "latents", "dtype": dtype}, array, {})
-        assert mx.array_equal(tokens(store.read("latents", key)), typed.reshape(6, 128).astype(mx.float32))
+        assert mx.array_equal(tokens(stored(store.read("latents", key))), typed.reshape(6, 128).astype(mx.float32))
