@@ -3,7 +3,6 @@
 Letters: H W rows and columns. Pictures are uint8 [H, W, 3]; needs numpy alone.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from scenes import COLOURS, NAMES, RELATIONS, SHAPES, Scene
 _PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
 _DARK = 80.0  # luminance; the darkest colour has 93, ink 29
 _LEAST = 24  # pixels of the smallest thing that counts as a figure
+_PURE = 30.0  # distance from a named colour at which a pixel counts a third
 _GRID = 32
 
 
@@ -86,13 +86,12 @@ def _ordered(seen: Sequence[Seen], scene: Scene) -> bool:
         return (right, down) == (0, 0) or dx * right + dy * down > abs(dx * down) + abs(dy * right)
     if not scene.place:
         return True
-    tests = {"left": "x < 0.42", "right": "x > 0.58", "top": "y < 0.42", "bottom": "y > 0.58"}
-    word = scene.place.split()[-1]
     if not seen:
         return False
     x, y = seen[0].x, seen[0].y
-    met = {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58}
-    return met[word] if word in tests else abs(x - 0.5) < 0.12 and abs(y - 0.5) < 0.12
+    middle = abs(x - 0.5) < 0.12 and abs(y - 0.5) < 0.12
+    met = {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58, "middle": middle}
+    return met[scene.place.split()[-1]]
 
 
 def _luminance(picture: np.ndarray) -> np.ndarray:
@@ -106,9 +105,8 @@ def _nearest(pixels: np.ndarray) -> np.ndarray:
 
 def _background(picture: np.ndarray) -> int:
     """The commonest colour along the border."""
-    border = np.concatenate([picture[:2], picture[-2:], *np.split(picture[2:-2, [0, 1, -2, -1]], 4, 1)[:0]], axis=0)
-    sides = picture[:, [0, 1, -2, -1]].reshape(-1, 3)
-    return int(Counter(_nearest(np.concatenate([border.reshape(-1, 3), sides])).tolist()).most_common(1)[0][0])
+    border = np.concatenate([picture[[0, 1, -2, -1]].reshape(-1, 3), picture[:, [0, 1, -2, -1]].reshape(-1, 3)])
+    return int(np.bincount(_nearest(border)).argmax())
 
 
 def _figures(picture: np.ndarray, background: int) -> np.ndarray:
@@ -141,13 +139,15 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _colour(picture: np.ndarray, part: np.ndarray, background: int) -> str:
-    """The commonest colour of a figure's pixels that are not ink, other than the background's."""
+    """The colour that most of a figure's pixels have, other than the background's.
+
+    Edges and pen strokes are mixtures, and yellow with ink is nearest to green: the purer a pixel, the more it counts.
+    """
     pixels = picture[part & (_luminance(picture) >= _DARK)]
-    inner = part[1:-1, 1:-1] & part[:-2, 1:-1] & part[2:, 1:-1] & part[1:-1, :-2] & part[1:-1, 2:]
-    core = picture[1:-1, 1:-1][inner & (_luminance(picture)[1:-1, 1:-1] >= _DARK)]
-    votes = Counter(_nearest(core if len(core) >= _LEAST // 2 else pixels).tolist()) if len(pixels) else Counter()
-    del votes[background]
-    return NAMES[votes.most_common(1)[0][0]] if votes else "none"
+    apart = np.sqrt(((pixels[:, None].astype(np.float32) - _PALETTE) ** 2).sum(-1))
+    votes = np.bincount(apart.argmin(1), np.exp(-((apart.min(1) / _PURE) ** 2)), len(NAMES))
+    votes[background] = 0
+    return NAMES[votes.argmax()] if votes.any() else "none"
 
 
 def _shape(part: np.ndarray) -> str:

@@ -1,0 +1,59 @@
+"""The miniature model's judge and its lesson; `tests/score` holds what takes longer."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from score import bounds, scores
+from score.prompts import DATA, MODEL, captions
+from score.studio import Studio
+
+from judge import ink, look  # isort: skip  # found by score.prompts
+from scenes import COLOURS, NAMES, SHAPES  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def base_pictures() -> list[np.ndarray]:
+    """What the base draws of the first captions."""
+    few = range(bounds.FEW_PROMPTS)
+    return Studio(model=MODEL, steps=bounds.FEW_STEPS).draw(captions(len(few)), few)
+
+
+def test_ink_tells_the_lesson_from_the_base(base_pictures: list[np.ndarray]) -> None:
+    lesson = list(map(ink, scores.lesson_pictures()))
+    assert scores.area(list(map(ink, base_pictures)), lesson) >= bounds.AREA
+
+
+def test_the_judge_sees_what_the_lesson_shows() -> None:
+    """Ink hides all of one small ring's colour."""
+    agreed = 0
+    for path, picture in zip(sorted(DATA.glob("*.txt")), scores.lesson_pictures(), strict=True):
+        words = path.read_text("utf-8").replace("crosses", "cross").split()
+        background, seen = look(picture)
+        assert background == words[-2]
+        pairs = {(a, b.removesuffix("s") if b != "cross" else b) for a, b in pairwise(words)}
+        wanted = {(a, b) for a, b in pairs if a in NAMES and b in SHAPES}
+        agreed += {(figure.colour, figure.shape) for figure in seen} == wanted
+    assert agreed >= len(scores.lesson_pictures()) - 1
+
+
+def test_ink_is_the_dark_share_of_a_figure() -> None:
+    picture = np.full((64, 64, 3), COLOURS["yellow"], np.uint8)
+    picture[16:48, 16:48] = COLOURS["blue"]
+    assert ink(picture) == 0
+    picture[16:24, 16:48] = (28, 28, 38)
+    assert ink(picture) == 0.25
+    assert look(picture)[1][0].shape == "square"
+    assert look(picture)[1][0].colour == "blue"
+
+
+def test_the_way_to_the_lesson_ends_there() -> None:
+    assert scores.way(0.1, 0.1, 0.5) == 0
+    assert scores.way(0.1, 0.4, 0.5) == pytest.approx(0.75)
+    assert scores.way(0.1, 0.6, 0.5) == pytest.approx(0.75)  # too much is as wrong as too little
+
+
+def test_the_area_is_one_where_values_part() -> None:
+    assert scores.area([0.0, 0.1], [0.2, 0.3]) == 1
+    assert scores.area([0.0, 0.2], [0.1, 0.3]) == 0.75
+    assert scores.area([0.5], [0.5]) == 0.5
