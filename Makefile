@@ -19,10 +19,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editabl
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo encode train test check oracle bench torture clean
+.PHONY: help setup demo encode train test check oracle bench bench-gpu torture clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo "  encode and train take CONFIG=FILE (now $(CONFIG))"
 
 setup: .venv ## Create .venv with the program and its tests
@@ -52,6 +52,9 @@ oracle: .venv/oracle ## Compare with diffusers, transformers and peft (installs 
 
 bench: .venv ## Measure speed and memory on this machine
 	@for script in tests/bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+bench-gpu: .venv ## Measure full-size models beside diffusers and peft on an NVIDIA card; CASE=NAME for one
+	$(BIN)/python tests/bench/gpu/run.py $(addprefix --case ,$(CASE))
 
 torture: .venv ## Kill encode N times (200) at random moments: nothing acknowledged may be lost; train 2,000 steps
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)

@@ -163,7 +163,7 @@ def test_ci_runs_what_contributing_promises() -> None:
 def test_make_says_what_each_target_does() -> None:
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     (phony,) = [line.removeprefix(".PHONY: ").split() for line in lines if line.startswith(".PHONY: help")]
-    documented = [found[1] for line in lines if (found := re.match(r"([a-z]+):.*## \S", line))]
+    documented = [found[1] for line in lines if (found := re.match(r"([a-z-]+):.*## \S", line))]
     assert documented == phony
 
 

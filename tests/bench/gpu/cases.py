@@ -1,0 +1,169 @@
+"""The rows of the table: what each case runs, what is asked of it, and how long it takes on an H200.
+
+The most telling come first. Plain data: neither MLX nor torch is imported here, so that the parent process holds no
+memory of the card.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+GIB = 2**30
+ALL = -1
+"""Every block, of `keep` and `resident`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a case should reach; None asks nothing."""
+
+    seconds: float | None = None
+    gib: float | None = None
+    faster_than: Mapping[str, float] = field(default_factory=dict)
+    """Other case -> its seconds over ours, at least."""
+    slower_at_most: Mapping[str, float] = field(default_factory=dict)
+    """Other case -> our seconds over its, at most."""
+    ratio: float | None = None
+    """Greatest value of what a case of another kind reports as `ratio`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row."""
+
+    name: str
+    kind: str
+    """Which module of this folder runs it: `run(case, settings)`."""
+    settings: Mapping[str, Any]
+    goal: Goal = Goal()
+    expected_seconds: float
+    """Of the whole process on an H200, for planning."""
+    files: str = ""
+    """Folder of weights on disk that it shares with other cases; removed after the last of them."""
+
+
+def step(name: str, model: str, pixels: tuple[int, int], goal: Goal, expected: float, **settings: Any) -> Case:
+    """A training step of ours."""
+    files = f"blocks-{model}-{settings['bits']}" if settings.get("resident", ALL) != ALL else ""
+    chosen = {"model": model, "pixels": pixels, **settings}
+    return Case(name=name, kind="steps", settings=chosen, goal=goal, expected_seconds=expected, files=files)
+
+
+def peer(name: str, model: str, pixels: tuple[int, int], checkpointed: bool, expected: float) -> Case:
+    """The same step with diffusers and peft."""
+    chosen = {"model": model, "pixels": pixels, "checkpointed": checkpointed, "steps": 5}
+    return Case(name=name, kind="peer_steps", settings=chosen, expected_seconds=expected)
+
+
+SMALL, LARGE = (512, 512), (1024, 1024)
+
+
+def resident() -> Iterator[Case]:
+    """All weights in memory, bfloat16, beside the peer."""
+    for pixels, side, seconds, gib, lean, expected in (
+        (SMALL, 512, 0.38, 75, 66, 20),
+        (LARGE, 1024, 1.28, 100, 75, 25),
+    ):
+        against = {f"peer-dev-{side}-checkpointed": 1.6, f"peer-dev-{side}": 1.1}
+        goal = Goal(seconds=seconds, gib=gib, faster_than=against)
+        yield step(f"dev-bf16-{side}", "dev", pixels, goal, expected, bits=16, keep=ALL)
+        yield peer(f"peer-dev-{side}-checkpointed", "dev", pixels, True, expected + 10)
+        yield peer(f"peer-dev-{side}", "dev", pixels, False, expected + 5)
+        yield step(f"dev-bf16-{side}-recompute", "dev", pixels, Goal(gib=lean), expected, bits=16, keep=0)
+
+
+def quantized() -> Iterator[Case]:
+    """All weights in memory, 4 and 8 bit, everything recomputed."""
+    for bits, pixels, side, seconds, gib in ((4, SMALL, 512, 0.56, 22), (4, LARGE, 1024, 1.65, 25.5)):
+        goal = Goal(seconds=seconds, gib=gib)
+        yield step(f"dev-4bit-{side}", "dev", pixels, goal, 25, bits=bits, keep=0)
+    for pixels, side, gib in ((SMALL, 512, 37), (LARGE, 1024, 40)):
+        goal = Goal(gib=gib, slower_at_most={f"dev-bf16-{side}-recompute": 1.2})
+        yield step(f"dev-8bit-{side}", "dev", pixels, goal, 25, bits=8, keep=0)
+
+
+def klein() -> Iterator[Case]:
+    """The small models, beside the peer."""
+    for model, expected in (("klein-9b", 18), ("klein-4b", 16)):
+        goal = Goal(faster_than={f"peer-{model}-1024-checkpointed": 1.6})
+        yield step(f"{model}-bf16-1024", model, LARGE, goal, expected, bits=16, keep=ALL)
+        yield peer(f"peer-{model}-1024-checkpointed", model, LARGE, True, expected)
+        yield peer(f"peer-{model}-1024", model, LARGE, False, expected)
+
+
+def streamed() -> Iterator[Case]:
+    """4 bit read from disk in each step: the least memory, and a layout with half of the blocks resident."""
+    few = {"bits": 4, "keep": 0, "warm_up": 1, "steps": 3}
+    yield step("dev-4bit-streamed-512", "dev", SMALL, Goal(gib=5, ratio=1.3), 80, resident=0, **few)
+    yield step("dev-4bit-streamed-1024", "dev", LARGE, Goal(gib=8.5, ratio=1.3), 70, resident=0, **few)
+    yield step("dev-4bit-half-512", "dev", SMALL, Goal(ratio=1.3), 40, resident=28, **few)
+
+
+def budgets() -> Iterator[Case]:
+    """What the plan makes of `memory.budget`."""
+    for gib, expected in ((80, 20), (40, 25), (24, 90), (16, 70), (10, 80), (6, 80)):
+        chosen = {"model": "dev", "pixels": SMALL, "budget_gib": gib, "warm_up": 1, "steps": 3}
+        goal, files = Goal(gib=gib), "blocks-dev-8" if gib < 40 else ""
+        name = f"dev-budget-{gib}"
+        yield Case(name=name, kind="steps", settings=chosen, goal=goal, expected_seconds=expected, files=files)
+
+
+def buckets() -> Iterator[Case]:
+    """Rows that no 128 divides, and the next multiple: 512 + 3952 and 512 + 3968."""
+    yield step("dev-4bit-992x1024", "dev", (992, 1024), Goal(), 25, bits=4, keep=0, steps=5)
+    goal = Goal(slower_at_most={"dev-4bit-992x1024": 1.15})
+    yield step("dev-4bit-832x1216", "dev", (832, 1216), goal, 30, bits=4, keep=0, steps=5)
+
+
+def encoders() -> Iterator[Case]:
+    """Stage one at dev's size, 1,000 captions of about 60 tokens, and transformers, padded."""
+    for name, goal, is_streamed, expected in (
+        ("dev-encoder", Goal(seconds=5, faster_than={"peer-dev-encoder": 1.0}), False, 30),
+        ("dev-encoder-streamed", Goal(gib=7.5, faster_than={"peer-dev-encoder": 1.0}), True, 45),
+    ):
+        chosen = {"captions": 1000, "mean": 60, "streamed": is_streamed, "repeats": 2}
+        files = "encoder" if is_streamed else ""
+        yield Case(name=name, kind="encoder", settings=chosen, goal=goal, expected_seconds=expected, files=files)
+    chosen = {"captions": 1000, "batch": 8, "measured": 64}
+    yield Case(name="peer-dev-encoder", kind="peer_encoder", settings=chosen, expected_seconds=40)
+
+
+def others() -> Iterator[Case]:
+    """Numbers at size, and a long run."""
+    chosen = {"model": "dev", "pixels": SMALL}
+    goal = Goal(ratio=1.5)
+    yield Case(name="dev-at-size", kind="at_size", settings=chosen, goal=goal, expected_seconds=60, files="at-size")
+    settings = {"model": "klein-4b", "pixels": SMALL, "bits": 16, "keep": ALL, "warm_up": 20, "steps": 280}
+    yield Case(name="klein-4b-300-steps", kind="long", settings=settings, goal=Goal(ratio=1.05), expected_seconds=45)
+
+
+def variants() -> Iterator[Case]:
+    """The same step with one thing changed: what a decision of the code is worth."""
+    common: dict[str, Any] = {"bits": 16, "keep": ALL, "steps": 6}
+    yield step("dev-bf16-512-blocks", "dev", SMALL, Goal(), 20, targets="blocks", **common)
+    for ahead in (1, 2, 6, 12):
+        yield step(f"dev-bf16-512-ahead-{ahead}", "dev", SMALL, Goal(), 15, ahead=ahead, **common)
+    yield step("dev-bf16-512-cached", "dev", SMALL, Goal(), 15, cache_gib=32, **common)
+    yield step("klein-4b-bf16-512", "klein-4b", SMALL, Goal(), 12, **common)
+    yield step("klein-4b-bf16-512-ahead-8", "klein-4b", SMALL, Goal(), 12, ahead=8, **common)
+    yield step("dev-4bit-512-kept", "dev", SMALL, Goal(), 18, bits=4, keep=ALL, steps=6)
+
+
+CASES: Mapping[str, Case] = {
+    case.name: case
+    for group in (resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants)
+    for case in group()
+}
+
+
+def tiny(case: Case) -> Case:
+    """The same case on a model that a CPU runs in a second, all else as it is."""
+    settings = {**case.settings, "tiny": True}
+    settings["pixels"] = tuple(side // 16 // 8 * 16 for side in case.settings.get("pixels", SMALL))
+    settings |= {"steps": min(2, case.settings.get("steps", 2)), "warm_up": 1}
+    if case.kind == "long":
+        settings |= {"warm_up": 2, "steps": 6}
+    settings |= {name: 12 for name in ("captions", "measured") if name in case.settings}
+    if case.settings.get("resident", ALL) > 0:
+        settings["resident"] = 1
+    return replace(case, settings=settings)
