@@ -10,6 +10,7 @@ sizes.py      what a model is
 spec.py       the same, read from a checkpoint's configs
 infer.py      the same, from shapes where there is no config
 names.py      other tools' layouts under our names
+fp8.py        8-bit floats in them
 weights.py    safetensors in: checked, lazy, mapped by name
 identity.py   what a set of weights is: hashes
 quantize.py   a weight matrix as it stands in memory

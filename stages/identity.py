@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -31,10 +31,12 @@ def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str
     Equal for sharded, single-file, renamed and fused layouts of the same weights; different for one changed weight.
     """
     names = sorted(names)
-    digests = tensor_digests([tensors.info[name] for name in names])
+    infos = {name: tensors.info[name] for name in names}
+    digests = tensor_digests(_with_scales(infos.values()))
     lines = [
-        f"{name},{info.dtype},{'x'.join(map(str, info.shape))},{digest}"
-        for name, info, digest in ((name, tensors.info[name], digests[name_of(tensors.info[name])]) for name in names)
+        f"{name},{info.dtype},{'x'.join(map(str, info.shape))},"
+        + ",".join(digests[name_of(one)] for one in _with_scales([info]))
+        for name, info in infos.items()
     ]
     text = "\n".join([*lines, json.dumps(config, sort_keys=True)])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -46,12 +48,18 @@ def name_of(info: TensorInfo) -> tuple[Path, str]:
     return info.file, f"{info.name}[{rows}]" if rows else info.name
 
 
+def _with_scales(infos: Iterable[TensorInfo]) -> Iterator[TensorInfo]:
+    for info in infos:
+        yield from filter(None, (info, info.scale))
+
+
 def is_remembered(tensors: Tensors) -> bool:
     """Whether `weights_identity` would cost next to nothing: every file's digests are known here."""
+    infos = list(_with_scales(tensors.info.values()))
     with Memo() as memo:
-        for file in {info.file for info in tensors.info.values()}:
+        for file in {info.file for info in infos}:
             known = json.loads(memo.get(_weights_key(file)) or "{}")
-            if any(name_of(info)[1] not in known for info in tensors.info.values() if info.file == file):
+            if any(name_of(info)[1] not in known for info in infos if info.file == file):
                 return False
     return True
 
@@ -59,7 +67,7 @@ def is_remembered(tensors: Tensors) -> bool:
 def remember(tensors: Tensors, progress: Callable[[int], object]) -> None:
     """Hash what `weights_identity` will ask for; `progress` is told bytes. What an interruption leaves is kept."""
     part: list[TensorInfo] = []
-    infos = sorted(tensors.info.values(), key=lambda info: (info.file, info.start))
+    infos = sorted(_with_scales(tensors.info.values()), key=lambda info: (info.file, info.start))
     for number, info in enumerate(infos, start=1):
         part.append(info)
         size = sum(one.end - one.start for one in part)

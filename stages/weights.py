@@ -18,6 +18,8 @@ from flux2_relay.cache.errors import InputError
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 """Element types that weights may have, with their bytes."""
+FP8 = "F8_E4M3"
+"""The 8-bit floats that weights may be made of besides: see `stages.fp8`."""
 _SIZES = FLOATS | {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _MAX_HEADER = 100_000_000  # bytes; the format's own bound
@@ -40,6 +42,8 @@ class TensorInfo:
     """The row ranges of the file's tensor that this one is made of, in order; () is all of it."""
     stored: tuple[int, ...] | None = None
     """The shape in the file where `shape` differs in more than rows."""
+    scale: "TensorInfo | None" = None
+    """What the file's tensor is to be multiplied by: one number, or one a row."""
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -86,9 +90,10 @@ class Tensors:
         values = {}
         for name in names:
             info = self.info[name]
-            if info.file not in files:
-                files[info.file] = _load(info.file)
-            value = info.of(files[info.file][info.name])
+            for of in filter(None, (info, info.scale)):
+                if of.file not in files:
+                    files[of.file] = _load(of.file)
+            value = info.of(_values(info, files))
             values[name] = value if dtype is None else value.astype(dtype)
         return values
 
@@ -114,10 +119,19 @@ class Tensors:
                     faults.append(f"{where} is not part of this model (shape {_shape(info.shape)})")
             elif info.shape != tuple(expected[name]):
                 faults.append(f"{where}: expected {_shape(expected[name])}, found {_shape(info.shape)}")
-            elif info.dtype not in FLOATS:
+            elif info.dtype not in (*FLOATS, FP8):
                 faults.append(f"{where} has type {info.dtype}; expected one of {', '.join(FLOATS)}")
         if faults:
             raise InputError(listing(f"{self.source} does not hold the weights that its config describes:", faults))
+
+
+def from_fp8(values: mx.array, scale: mx.array | None) -> mx.array:
+    """The float32 that 8-bit floats [out, ...] stand for, given as bytes, times `scale`: one number, or one a row."""
+    floats = mx.from_fp8(values, dtype=mx.float32)
+    if scale is None:
+        return floats
+    scale = scale.astype(mx.float32)
+    return floats * (scale.reshape(-1, *[1] * (floats.ndim - 1)) if scale.size > 1 else scale.reshape(()))
 
 
 def listing(title: str, faults: list[str], most: int = 20) -> str:
@@ -235,6 +249,14 @@ def _load(file: Path) -> dict[str, mx.array]:
     if not isinstance(loaded, dict):
         raise InputError(f"{file}: is no safetensors file")
     return loaded
+
+
+def _values(info: TensorInfo, files: Mapping[Path, Mapping[str, mx.array]]) -> mx.array:
+    """What the file calls this tensor, 8-bit floats as the float32 that they stand for; lazy."""
+    whole = files[info.file][info.name]
+    if info.dtype != FP8:
+        return whole
+    return from_fp8(whole, info.scale and files[info.scale.file][info.scale.name])
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -4,6 +4,7 @@ Needs no decoder layers, so that a stage which only compares identities does not
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from flux2_relay.stages import identity, names, packed
 from flux2_relay.stages.names import EMBEDDING
 from flux2_relay.stages.packed import Packing
 from flux2_relay.stages.spec import TextSpec
-from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
+from flux2_relay.stages.weights import FP8, TensorInfo, Tensors, from_fp8, open_tensors
 
 GROUP = 64
 """Weights that share a scale where we quantize an encoder ourselves."""
@@ -112,11 +113,21 @@ def embedding_rows(tensors: Tensors, ids: np.ndarray, dtype: mx.Dtype) -> mx.arr
         parts = {part: _gather(tensors.info[f"{path}.{part}"], used) for part in packed.parts(packing)}
         rows = packed.unpack(parts, packing, tensors.source)
     else:
-        rows = _gather(tensors.info[EMBEDDING], used)
+        rows = _embedded(tensors.info[EMBEDDING], used)
     return rows.astype(dtype)[mx.array(inverse.reshape(ids.shape).astype(np.uint32))]
 
 
-_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
+_STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1", FP8: "u1"}
+
+
+def _embedded(info: TensorInfo, rows: np.ndarray) -> mx.array:
+    values = _gather(info, rows)
+    if info.dtype != FP8:
+        return values
+    if info.scale is None:
+        return from_fp8(values, None)
+    scale = replace(info.scale, shape=(math.prod(info.scale.shape),))
+    return from_fp8(values, _gather(scale, rows if scale.shape[0] > 1 else np.array([0])))
 
 
 def _gather(info: TensorInfo, rows: np.ndarray) -> mx.array:

@@ -21,7 +21,7 @@ from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord
 from flux2_relay.cache.writer import Writer
-from flux2_relay.stages import blas, figures, identity, measure, names, packed, vae
+from flux2_relay.stages import blas, figures, fp8, identity, measure, names, packed, vae
 from flux2_relay.stages.encode import images, masks
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
@@ -139,6 +139,10 @@ def identities(
         job.say(
             f"{tensors.source}: is packed already ({packing.in_words()}) and stays so; of encode.bits "
             f"{job.encode.bits} only the arithmetic follows, {compute}"
+        )
+    if fp8.is_fp8(tensors):
+        job.say(
+            f"{tensors.source}: holds 8-bit floats (fp8), which are off by some 3 %; bfloat16 ones are exact"
         )
     text = text_identity(job, text_spec, tokenizer, packing, encoder_identity(tensors, text_spec))
     return text, latents_identity(job, vae_spec)

@@ -87,6 +87,18 @@ def save(path: Path, values: Mapping[str, mx.array], prefix: str = "") -> Path:
     return path
 
 
+def retype(file: Path, types: Mapping[str, str]) -> Path:
+    """Change what a safetensors file says of the types of some tensors: bytes that MLX saved may be fp8."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, dtype in types.items():
+        header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return file
+
+
 Settings = Mapping[str, Any] | bool
 """Arguments of `mx.quantize`, or False: leave this module as it is."""
 

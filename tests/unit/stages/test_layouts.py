@@ -189,24 +189,6 @@ def test_a_config_of_something_else_beside_a_file_is_not_asked(dev: Path, tmp_pa
     assert spec.read_transformer_spec(file).double_blocks == 2
 
 
-def test_eight_bit_floats_are_refused(dev: Path, tmp_path: Path) -> None:
-    values = layouts.bfl_transformer(layouts.load(dev / "transformer"))
-    values["single_blocks.0.linear1.weight"] = mx.to_fp8(values["single_blocks.0.linear1.weight"])
-    file = layouts.save(tmp_path / "a.safetensors", values)
-    _retype(file, "single_blocks.0.linear1.weight", "F8_E4M3")
-    with pytest.raises(InputError, match="1 of its tensors are 8-bit floats"):
-        names.open_transformer(file)
-
-
-def _retype(file: Path, name: str, dtype: str) -> None:
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header[name]["dtype"] = dtype
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
-
 def test_what_no_layout_knows_is_named(dev: Path, tmp_path: Path) -> None:
     values = layouts.bfl_transformer(layouts.load(dev / "transformer"))
     values["double_blocks.0.img_attn.extra.weight"] = mx.zeros((2, 2))
