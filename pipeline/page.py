@@ -56,6 +56,7 @@ path.level { stroke: var(--soft); stroke-dasharray: 4 4; stroke-linecap: butt; }
 path.line { stroke-width: 2; } path.points { stroke-width: 3.4; opacity: .28; }
 path.few { stroke-width: 6; opacity: .45; } path.dots { stroke-width: 6.5; }
 path.a { stroke: var(--a); } path.b { stroke: var(--b); }
+.scroll + .scroll { margin-top: .75rem; }
 .scroll { overflow-x: auto; width: fit-content; max-width: 100%;
   border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
   box-shadow: var(--shade); }

@@ -3,11 +3,10 @@
 Only what lies in the run folder is read: neither model nor store, so that a page can be made anywhere.
 """
 
-import base64
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
@@ -19,12 +18,10 @@ from flux2_relay.pipeline import charts, held_out
 from flux2_relay.pipeline.charts import Chart, Series, short
 from flux2_relay.pipeline.config import Config
 from flux2_relay.pipeline.page import page
+from flux2_relay.pipeline.report_previews import previews
 from flux2_relay.pipeline.run_folder import RunFolder
-from flux2_relay.stages.train.options import PromptOptions
 
 _NUMBERS = ("step", "loss", "lr", "grad_norm", "seconds", "wait_seconds", "peak_bytes")
-_PNG = b"\x89PNG\r\n\x1a\n"
-_SMALL = 192  # pixels; a picture below is enlarged without blurring it
 _LOG_LINES = 200
 
 
@@ -60,7 +57,7 @@ def write_report(run: RunFolder, config: Config) -> Path:
         _verdict(run, config, metrics),
         _facts(run, metrics),
         _curves(run, config, metrics),
-        _previews(run, config),
+        previews(run, config),
         _about(run, config),
     ]
     target = run.path / "report.html"
@@ -220,78 +217,6 @@ def _with_trend(x: np.ndarray, y: np.ndarray, name: str) -> list[Series]:
     window = max(3, len(y) // 15)
     trend = Series(x=x, y=charts.smooth(y, window), name=f"mean of {window:,}")
     return [Series(x=x, y=y, name=name, style="points"), *([trend] if len(y) >= 3 else [])]
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """One preview of the folder: which prompt, which step, and its picture where there is one that is current."""
-
-    number: int
-    step: int
-    picture: Path | None
-
-
-def find_previews(run: RunFolder) -> Iterator[Preview]:
-    """The previews of a run; a picture older than its latents is of an earlier try and does not count."""
-    for latents in sorted((run.path / "previews").glob("*.safetensors")):
-        step, _, number = latents.stem.partition("-")
-        if step.isdigit() and number.isdigit():
-            picture = latents.with_suffix(".png")
-            current = picture.exists() and picture.stat().st_mtime_ns >= latents.stat().st_mtime_ns
-            yield Preview(int(number), int(step), picture if current else None)
-
-
-def _previews(run: RunFolder, config: Config) -> str:
-    """A row for each prompt, a column for each step."""
-    found = {(preview.number, preview.step): preview for preview in find_previews(run)}
-    if not found:
-        return '<h2>Previews</h2>\n<p class="hint">None were drawn (<code>previews.prompts</code>).</p>'
-    steps, prompts = sorted({step for _, step in found}), config.previews.pictures()
-    rows = []
-    for number in sorted({number for number, _ in found}):
-        options = prompts[number] if number < len(prompts) else PromptOptions(prompt=f"prompt {number}")
-        cells = "".join(f"<td>{_cell(found.get((number, step)), options.prompt)}</td>" for step in steps)
-        rows.append(f'<tr><th scope="row" class="prompt">{_prompt(options)}</th>{cells}</tr>')
-    heads = "".join(f'<th scope="col">{_step_name(step, steps, config)}</th>' for step in steps)
-    table = f'<table class="previews"><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return f'<h2>Previews</h2>\n{_undecoded(run, list(found.values()))}<div class="scroll">{table}</div>'
-
-
-def _undecoded(run: RunFolder, found: Sequence[Preview]) -> str:
-    waiting = sum(preview.picture is None for preview in found)
-    if not waiting:
-        return ""
-    counted = f"{waiting} of {len(found)} previews are not decoded yet"
-    command = f"<code>relay decode {escape(str(run.path))}</code>"
-    return f'<p class="hint">{counted}: run {command}, then <code>relay report</code> again.</p>'
-
-
-def _prompt(options: PromptOptions) -> str:
-    told = [f"without: {options.negative}"] if options.negative else []
-    if options.size:
-        told.append(f"{options.size[0]} x {options.size[1]}, {options.steps} steps")
-        told.append(f"guidance {short(options.guidance or 0)}, seed {options.seed}")
-    return escape(options.prompt or "(empty prompt)") + "".join(f"<small>{escape(line)}</small>" for line in told)
-
-
-def _step_name(step: int, steps: Sequence[int], config: Config) -> str:
-    kind = "before training" if step == 0 else "final" if step == config.train.steps else ""
-    if not kind and step == steps[-1]:
-        kind = "newest"
-    return f"step {step:,}<small>{kind or '&nbsp;'}</small>"
-
-
-def _cell(preview: Preview | None, prompt: str) -> str:
-    if preview is None or preview.picture is None:
-        return f'<div class="none">{"not drawn" if preview is None else "not decoded yet"}</div>'
-    data = preview.picture.read_bytes()
-    if not data.startswith(_PNG) or len(data) < 24:
-        return f'<div class="none">{escape(preview.picture.name)} is no PNG</div>'
-    width, height = struct.unpack(">II", data[16:24])
-    kind = ' class="small"' if max(width, height) < _SMALL else ""
-    told = escape(f"{prompt}, step {preview.step}")
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return f'<img{kind} width="{width}" height="{height}" alt="{told}" src="{source}">'
 
 
 def _about(run: RunFolder, config: Config) -> str:
