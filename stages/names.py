@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import fp8
 from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 
 Part = Literal["transformer", "text_encoder", "vae"]
@@ -57,7 +56,9 @@ SINGLE: Mapping[str, str] = {
     "norm.query_norm": "attn.norm_q",
     "norm.key_norm": "attn.norm_k",
 }
-_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)\.(?:weight|scale)")
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+_PACKED = ("scales", "biases")
+"""What a matrix that MLX has packed has besides its weight: as many rows, so it is cut the same way."""
 
 # BFL's names of the VAE -> diffusers', in the order in which they are applied.
 _VAE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -123,6 +124,7 @@ def open_vae(place: Path) -> Tensors:
 def transformer(tensors: Tensors) -> Tensors:
     """A transformer's tensors under diffusers' names; a name of no layout stays, for `check` to complain of."""
     inside = _inside(tensors, "transformer")
+    _refuse_scaled(inside)
     if not _is_bfl_transformer(inside.info):
         return inside
     return Tensors(inside.source, dict(pair for item in inside.info.items() for pair in _transformer(*item)))
@@ -140,7 +142,9 @@ def vae(tensors: Tensors) -> Tensors:
 
 def text_encoder(tensors: Tensors) -> Tensors:
     """The language model's tensors as `embed_tokens.weight` and `layers.N.…`, whatever stood in front of them."""
-    return _inside(tensors, "text_encoder")
+    inside = _inside(tensors, "text_encoder")
+    _refuse_scaled(inside)
+    return inside
 
 
 def _inside(tensors: Tensors, part: Part) -> Tensors:
@@ -153,8 +157,7 @@ def _inside(tensors: Tensors, part: Part) -> Tensors:
             f"this is no {part.replace('_', ' ')}"
         )
     (prefix,) = prefixes
-    inside = tensors.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
-    return fp8.with_scales(inside, part)
+    return tensors.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
 
 
 def _prefixes(names: Iterable[str], part: Part) -> set[str]:
@@ -166,31 +169,41 @@ def _prefixes(names: Iterable[str], part: Part) -> set[str]:
     }
 
 
+def _refuse_scaled(tensors: Tensors) -> None:
+    eights = sum(info.dtype.startswith("F8_") for info in tensors.info.values())
+    if eights:
+        raise InputError(
+            f"{tensors.source}: {eights} of its tensors are 8-bit floats (fp8), which are not read: they need scales "
+            "that each tool keeps in another way; take the bfloat16 file"
+        )
+
+
 def _transformer(name: str, info: TensorInfo) -> Pairs:
     """A tensor of BFL's file as the one or three of diffusers' that it holds."""
-    if found := _BLOCK.fullmatch(name):
-        kind, number, inner = found.groups()
-        yield from _block(kind, number, inner, name, info)
-        return
-    path = name.removesuffix(".weight")
-    if path in SWAPPED and info.shape:
-        half = info.shape[0] // 2
-        yield f"{SWAPPED[path]}.weight", info.take_rows((half, info.shape[0]), (0, half))
-    elif path in OUTER:
-        yield f"{OUTER[path]}.weight", info
-    else:
+    path, _, kind = name.rpartition(".")
+    part = kind if kind in _PACKED else "weight"  # a norm's is called `scale`
+    if kind not in ("weight", "scale", *_PACKED):
         yield name, info
+    elif found := _BLOCK.fullmatch(path):
+        for renamed, rows in _block(*found.groups(), info):
+            yield f"{renamed}.{part}" if renamed else name, rows
+    elif path in SWAPPED and info.shape:
+        half = info.shape[0] // 2
+        yield f"{SWAPPED[path]}.{part}", info.take_rows((half, info.shape[0]), (0, half))
+    else:
+        yield f"{OUTER[path]}.{part}" if path in OUTER else name, info
 
 
-def _block(kind: str, number: str, inner: str, name: str, info: TensorInfo) -> Pairs:
+def _block(kind: str, number: str, inner: str, info: TensorInfo) -> Pairs:
+    """The same for a tensor of a block, without its last part; an empty name for one that is not known."""
     block = f"transformer_blocks.{number}" if kind == "double" else f"single_transformer_blocks.{number}"
     if kind == "double" and inner in FUSED and info.shape:
         third = info.shape[0] // 3
         for place, part in enumerate(FUSED[inner]):
-            yield f"{block}.{part}.weight", info.take_rows((place * third, (place + 1) * third))
+            yield f"{block}.{part}", info.take_rows((place * third, (place + 1) * third))
         return
     known = DOUBLE if kind == "double" else SINGLE
-    yield (f"{block}.{known[inner]}.weight" if inner in known else name), info
+    yield f"{block}.{known[inner]}" if inner in known else "", info
 
 
 def _is_bfl_transformer(names: Iterable[str]) -> bool:
