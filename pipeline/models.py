@@ -17,7 +17,8 @@ from flux2_relay.stages import folders, hub, names, packed, spec, vae
 from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS, SOURCES, PartName, download, download_all
 from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.folders import PARTS, ModelFolders
-from flux2_relay.stages.train.transformer import tensor_shapes
+from flux2_relay.stages.train import base
+from flux2_relay.stages.train.transformer import base_shapes
 from flux2_relay.stages.weights import Tensors, open_tensors
 
 
@@ -76,7 +77,7 @@ def _known(name: str) -> KnownModel:
         name=name,
         repository=source.repository,
         file=source.file,
-        parameters=sum(map(math.prod, tensor_shapes(transformer).values())),
+        parameters=sum(map(math.prod, base_shapes(transformer).values())),
         distilled=distilled,
         text_encoder=encoder,
         snapshot=str(snapshot) if snapshot else None,
@@ -152,9 +153,11 @@ def _bytes(place: Path) -> int:
 
 
 def _transformer(place: Path) -> tuple[str, Tensors]:
-    tensors = names.open_transformer(place)
-    tensors.check(tensor_shapes(spec.read_transformer_spec(place)))
-    return names.layout_of("transformer", open_tensors(place).info), tensors
+    shapes = base_shapes(spec.read_transformer_spec(place))
+    tensors = base.open_base(place, shapes)
+    packing = packed.summary({path: one.packing for path, one in base.stock(tensors, shapes).items()})
+    layout = names.layout_of("transformer", open_tensors(place).info)
+    return f"{layout}, {packing.in_words()}" if packing else layout, tensors
 
 
 def _text_encoder(place: Path) -> tuple[str, Tensors]:

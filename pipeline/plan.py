@@ -31,6 +31,7 @@ from flux2_relay.stages.train import checkpoint, lora
 from flux2_relay.stages.train.batches import Item, items
 from flux2_relay.stages.train.layout import LayoutOptions, layout_for, pace_of
 from flux2_relay.stages.train.optimizer import moments
+from flux2_relay.stages.train.transformer import stock_of
 from flux2_relay.stages.weights import Tensors
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _training(
     adapter = lora.size(transformer, config.lora)
     options = LayoutOptions(train=config.train, memory=config.memory)
     try:
-        layout = layout_for(transformer, found, rows, adapter, options)
+        layout = layout_for(transformer, found, rows, adapter, options, stock_of(places.transformer, transformer))
     except InputError as error:
         faults.append(f"train: {error}")
         return None

@@ -1,4 +1,4 @@
-"""Text encoders that MLX has quantized before: how each of their matrices is packed, told by the file.
+"""Models that MLX has quantized before: how each of their matrices is packed, told by the file.
 
 A matrix is packed if and only if `<path>.scales` is there (`mlx.nn.quantize`, as mlx-lm and mlx-vlm write it); bits and
 group size follow from the shapes, the mode from the type of the scales. The folder's config.json may say the same once
@@ -17,7 +17,7 @@ import mlx.core as mx
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.weights import FLOATS, Tensors, listing
 
-_MICROSCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+MICROSCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 """(bits, group) -> mode, where scales are single bytes."""
 _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _DEFAULTS = {"affine": (4, 64), "nvfp4": (4, 16), "mxfp4": (4, 32), "mxfp8": (8, 32)}
@@ -71,8 +71,8 @@ def _packing(tensors: Tensors, path: str, shape: tuple[int, ...]) -> Packing | s
     if weight.shape[0] != rows or scales.shape[0] != rows or not groups or 32 * words % columns or columns % groups:
         return f"weight {list(weight.shape)} and scales {list(scales.shape)} do not stand for {list(shape)}"
     bits, group = 32 * words // columns, columns // groups
-    if scales.dtype == "U8" and (bits, group) in _MICROSCALED:
-        return Packing(bits, group, _MICROSCALED[bits, group])
+    if scales.dtype == "U8" and (bits, group) in MICROSCALED:
+        return Packing(bits, group, MICROSCALED[bits, group])
     if scales.dtype not in FLOATS or bits not in _AFFINE_BITS or group not in _AFFINE_GROUPS:
         return f"{bits} bit in groups of {group} with scales of type {scales.dtype} is no packing of MLX"
     biases = tensors.info.get(f"{path}.biases")
@@ -121,7 +121,7 @@ def _declared(said: Mapping[str, Any]) -> Packing | None:
 def read(tensors: Tensors, found: Mapping[str, Packing], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     """The tensors of packed matrices by name, lazy but for the scales, whose type becomes `dtype` if they are floats.
 
-    InputError where a scale or bias is not finite: it would spoil every caption.
+    InputError where a scale or bias is not finite: it would spoil everything.
     """
     names = [f"{path}.{part}" for path, packing in found.items() for part in parts(packing)]
     values = tensors.read_all(names)

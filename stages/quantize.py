@@ -1,4 +1,4 @@
-"""A weight matrix as it stands in memory: dense, or affine-quantized and made dense at each use.
+"""A weight matrix as it stands in memory: dense, or quantized and made dense at each use.
 
 Made dense, then multiplied, in both directions: on M5 and on CUDA the backward product of MLX's quantized kernel is
 the slow one. Bits and group size are recovered from the shapes, so a weight is a plain tree of arrays that compiled
@@ -10,8 +10,10 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
-Weight = mx.array | tuple[mx.array, mx.array, mx.array]
-"""A dense matrix [out, in], or (packed, scales, biases) of `mx.quantize`, mode affine."""
+from flux2_relay.stages.packed import MICROSCALED
+
+Weight = mx.array | tuple[mx.array, ...]
+"""A dense matrix [out, in], or (packed, scales, biases) of `mx.quantize`, mode affine; other modes have no biases."""
 
 QUANTIZED_BITS = (8, 6, 4)
 _GROUPS = (64, 32)
@@ -48,9 +50,10 @@ def dense(weight: Weight, columns: int, dtype: mx.Dtype) -> mx.array:
     """The matrix [out, columns] that `weight` stands for, in `dtype`."""
     if isinstance(weight, mx.array):
         return weight.astype(dtype)
-    packed, scales, biases = weight
+    packed, scales, *biases = weight
     bits, group = 32 * packed.shape[-1] // columns, columns // scales.shape[-1]
-    return mx.dequantize(packed, scales, biases, group_size=group, bits=bits, dtype=dtype)
+    mode = "affine" if biases else MICROSCALED[bits, group]
+    return mx.dequantize(packed, scales, *biases, group_size=group, bits=bits, mode=mode, dtype=dtype)
 
 
 def product(x: mx.array, weight: Weight) -> mx.array:

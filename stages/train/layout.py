@@ -7,19 +7,21 @@ Letters: R rows of a step's pass (batch times text and image tokens), D hidden, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import memory
 from flux2_relay.stages.measure import in_words
-from flux2_relay.stages.quantize import QUANTIZED_BITS, packed_bytes
+from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.train import base
+from flux2_relay.stages.train.base import Stock
 from flux2_relay.stages.train.batches import Item
 from flux2_relay.stages.train.optimizer import moments
 from flux2_relay.stages.train.options import MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import resident_places
-from flux2_relay.stages.train.transformer import block_shapes, outer_shapes
+from flux2_relay.stages.train.transformer import block_path, block_shapes, outer_shapes
 
 _TRANSIENT_UNITS = 51
 """What a block's backward pass holds at its peak beside inputs and kept tensors, in arrays of [R, D]."""
@@ -41,6 +43,7 @@ class Load:
     adapter_copies: int  # of them that stay: parameters, gradients, moments, running mean
     item_bytes: int  # of the compute type
     fused_attention: bool  # whether the backend has a kernel for attention's gradient
+    stored: Stock = field(default_factory=dict)  # what the checkpoint has packed already
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +67,7 @@ class Layout:
     heads: int  # heads at a time in attention's backward pass, 0 for all
     parts: Mapping[str, int]
     """Bytes by what they are for."""
+    stored: str = ""  # how the checkpoint has packed most matrices, where they stay so
 
     @property
     def peak_bytes(self) -> int:
@@ -81,14 +85,14 @@ class Layout:
         chunks = f", attention {self.heads} heads at a time" if self.heads else ""
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in self.parts.items() if size)
         return (
-            f"{self.bits} bit, {where}, {self.keep} blocks keep their projections{chunks}; "
+            f"{self.stored or f'{self.bits} bit'}, {where}, {self.keep} blocks keep their projections{chunks}; "
             f"predicted peak {in_words(self.peak_bytes)} ({parts})"
         )
 
 
 def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[str, object]:
     """What seconds a step depend on, for `figures`."""
-    decided = {name: getattr(layout, name) for name in ("bits", "rows", "resident")}
+    decided = {name: getattr(layout, name) for name in ("bits", "stored", "rows", "resident")}
     asked = {name: getattr(train, name) for name in ("batch", "accumulate", "dtype")}
     return {"transformer": asdict(spec), **decided, **asked}
 
@@ -113,9 +117,17 @@ def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_byt
 
 
 def layout_for(
-    spec: TransformerSpec, items: Sequence[Item], text_rows: int, adapter: int, options: LayoutOptions
+    spec: TransformerSpec,
+    items: Sequence[Item],
+    text_rows: int,
+    adapter: int,
+    options: LayoutOptions,
+    stored: Stock | None = None,
 ) -> Layout:
-    """The layout for a data set: its largest item, an adapter of `adapter` weights, and what the config says."""
+    """The layout for a data set: its largest item, an adapter of `adapter` weights, and what the config says.
+
+    `stored` is what the checkpoint has packed already.
+    """
     rows = text_rows + max(sum(height * width for height, width in item.bucket) for item in items)
     load = Load(
         batch=options.train.batch,
@@ -124,6 +136,7 @@ def layout_for(
         adapter_copies=2 + moments(options.train) + (options.train.ema is not None),
         item_bytes=4 if options.train.dtype == "float32" else 2,
         fused_attention=has_fused_attention(rows),
+        stored=stored or {},
     )
     return choose(spec, load, options.memory, memory.budget_bytes(options.memory.budget))
 
@@ -133,8 +146,8 @@ def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: i
     unit = load.batch * load.rows * spec.hidden * load.item_bytes
     heads = 0 if load.fused_attention else max(1, min(spec.heads, 4 * spec.hidden // load.rows))
     streamed = resident < spec.blocks
-    sizes = [block_bytes(spec, place, bits) for place in range(spec.blocks)]
-    weights = packed_bytes(outer_shapes(spec).values(), bits)
+    sizes = [block_bytes(spec, place, bits, load.stored) for place in range(spec.blocks)]
+    weights = base.held_bytes(outer_shapes(spec), bits, load.stored)
     weights += sum(sizes[place] for place in resident_places(spec.blocks, resident))
     scores = load.batch * (heads or spec.heads) * load.rows**2 * load.item_bytes
     transient = _TRANSIENT_UNITS * unit
@@ -160,12 +173,14 @@ def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: i
         keep=keep,
         heads=0 if heads == spec.heads else heads,
         parts=parts,
+        stored=base.summary(load.stored, bits),
     )
 
 
-def block_bytes(spec: TransformerSpec, place: int, bits: int) -> int:
+def block_bytes(spec: TransformerSpec, place: int, bits: int, stored: Stock | None = None) -> int:
     """What one block's weights take in memory."""
-    return packed_bytes(block_shapes(spec, place).values(), bits)
+    shapes = {f"{block_path(spec, place)}.{name}": shape for name, shape in block_shapes(spec, place).items()}
+    return base.held_bytes(shapes, bits, stored or {})
 
 
 def kept_bytes(spec: TransformerSpec, load: Load, place: int) -> int:
@@ -193,7 +208,7 @@ def _residents(spec: TransformerSpec, options: MemoryOptions) -> list[int]:
 
 def _dense_bytes(spec: TransformerSpec, load: Load, bits: int) -> int:
     own = 4 if bits == 32 else 2
-    if bits not in QUANTIZED_BITS and own == load.item_bytes:
+    if bits not in QUANTIZED_BITS and own == load.item_bytes and not load.stored:
         return 0
     largest = spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
     return int(_DENSE_MATRICES * largest * load.item_bytes)

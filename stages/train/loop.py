@@ -20,7 +20,7 @@ from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import acceptance, checkpoint, init, lora, optimizer, validation, wishes
+from flux2_relay.stages.train import acceptance, base, checkpoint, init, lora, optimizer, validation, wishes
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
@@ -29,7 +29,7 @@ from flux2_relay.stages.train.packed_copy import kept_bytes
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
-from flux2_relay.stages.train.transformer import Transformer, load_transformer
+from flux2_relay.stages.train.transformer import Transformer, load_transformer, stock_of
 
 _WARM_UP = 2  # steps in which kernels are compiled and buffers are made
 _WORTH_A_LOOK = 50  # steps from which on the short acceptance test costs next to nothing
@@ -46,17 +46,17 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal
         init.read(job.lora, spec)
     if sentence := optimizer.advice(job.train):
         journal.say(sentence)
-    layout = layout_of(job, spec)
+    layout = layout_of(job, spec, stock_of(folders.transformer, spec))
     journal.say(f"memory: {layout.in_words()}")
     return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)
 
 
-def layout_of(job: Job, spec: TransformerSpec) -> Layout:
+def layout_of(job: Job, spec: TransformerSpec, stored: base.Stock | None = None) -> Layout:
     """How the training fits the memory budget; InputError says the smallest that works."""
     adapter = lora.size(spec, job.lora)
     rows = open_contexts(job.store, job.record.body, spec.context_width).length
     options = LayoutOptions(train=job.train, memory=job.memory)
-    return layout_for(spec, list(items(job.record.body)), rows, adapter, options)
+    return layout_for(spec, list(items(job.record.body)), rows, adapter, options, stored)
 
 
 def _has_checkpoint(job: Job) -> bool:
@@ -74,7 +74,8 @@ def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout,
         if copy is not None and layout.bits in QUANTIZED_BITS:
             journal.say(f"quantized blocks are kept in {copy} ({in_words(kept_bytes(copy))})")
     transformer.keep, transformer.attention_heads = layout.keep, layout.heads
-    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", journal.say)
+    weights = layout.stored or f"{layout.bits} bit"
+    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {weights})", journal.say)
     return transformer
 
 

@@ -21,9 +21,11 @@ _MARK = "|"  # between a linear's name and the part of its packed form; no tenso
 
 
 def keeping(read: Reader, folder: Path, tensors: Tensors, names: Mapping[int, list[str]], bits: int) -> Reader:
-    """`read`, with what it gives kept in `folder`; `names` are the tensors of each block."""
+    """`read`, with what it gives kept in `folder`; `names` are the tensors of each block that is to be kept."""
 
     def read_kept(place: int) -> BlockWeights:
+        if place not in names:
+            return read(place)
         kept = folder / f"{identity.weights_identity(tensors, names[place], {'bits': bits})}.safetensors"
         if kept.exists():
             try:
@@ -48,7 +50,7 @@ def _flat(weights: BlockWeights) -> dict[str, mx.array]:
         if isinstance(weight, mx.array):
             flat[name] = weight
         else:
-            flat |= {f"{name}{_MARK}{part}": value for part, value in zip(_PARTS, weight, strict=True)}
+            flat |= {f"{name}{_MARK}{part}": value for part, value in zip(_PARTS, weight, strict=False)}
     return flat
 
 
@@ -59,6 +61,6 @@ def _unflat(flat: Mapping[str, mx.array]) -> dict[str, Weight]:
         if not mark:
             weights[name] = value
         elif linear not in weights:
-            packed, scales, biases = (flat[f"{linear}{_MARK}{part}"] for part in _PARTS)
-            weights[linear] = packed, scales, biases
+            parts = (flat.get(f"{linear}{_MARK}{part}") for part in _PARTS)  # biases only where the mode has them
+            weights[linear] = tuple(part for part in parts if part is not None)
     return weights

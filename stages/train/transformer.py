@@ -5,7 +5,7 @@ Source: diffusers `Flux2Transformer2DModel`. Sigma, guidance and the features of
 product (diffusers rounds them to the model's dtype first, which moves 1000 * sigma by up to 4 in bfloat16).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux2_relay.stages import folders, names, quantize
+from flux2_relay.stages import folders, quantize
 from flux2_relay.stages.quantize import Weight
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import blocks, embeddings
+from flux2_relay.stages.train import base, blocks, embeddings
 from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
 from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.packed_copy import keeping
@@ -149,13 +149,20 @@ def load_transformer(
 ) -> Transformer:
     """The transformer of a model folder or file, weights kept at `bits` (32 | 16 | 8 | 6 | 4), block by block.
 
+    What the file has packed at no more bits stays as it is.
+
     `dtype` is the compute type: float32 where `bits` is 32, else bfloat16; `residence(blocks, read)` decides which
     blocks stay in memory; quantized ones are kept in the folder `copy`. InputError lists every tensor that is missing,
     surplus or misshapen.
     """
-    tensors = names.open_transformer(folders.find(str(model_dir)).transformer)
-    tensors.check(tensor_shapes(spec))
+    tensors = base.open_base(folders.find(str(model_dir)).transformer, base_shapes(spec))
     return from_tensors(tensors, spec, bits, dtype, residence, copy)
+
+
+def stock_of(place: Path, spec: TransformerSpec) -> base.Stock:
+    """What the checkpoint has packed already, by its headers; InputError where they are not those of the model."""
+    shapes = base_shapes(spec)
+    return base.stock(base.open_base(place, shapes), shapes)
 
 
 def from_tensors(
@@ -173,25 +180,14 @@ def from_tensors(
     dtype = dtype or (mx.float32 if bits == 32 else mx.bfloat16)
 
     def read_block(place: int) -> dict[str, Weight]:
-        return _read(tensors, block_path(spec, place) + ".", block_shapes(spec, place), bits)
+        return base.read(tensors, block_path(spec, place) + ".", block_shapes(spec, place), bits)
 
     read: Reader = read_block
     if copy is not None and bits in quantize.QUANTIZED_BITS:
-        tensors_of = {
-            p: [f"{block_path(spec, p)}.{n}.weight" for n in block_shapes(spec, p)] for p in range(spec.blocks)
-        }
-        read = keeping(read, copy, tensors, tensors_of, bits)
-    return Transformer(spec, dtype, _read(tensors, "", outer_shapes(spec), bits), residence(spec.blocks, read))
-
-
-def _read(tensors: Tensors, prefix: str, shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, Weight]:
-    values = tensors.read_all(f"{prefix}{name}.weight" for name in shapes)
-    block: dict[str, Weight] = {}
-    for name, shape in shapes.items():
-        value = values[f"{prefix}{name}.weight"]
-        block[name] = quantize.pack(value, bits) if len(shape) == 2 else value
-    mx.eval(block)
-    return block
+        inside = {place: (block_path(spec, place) + ".", block_shapes(spec, place)) for place in range(spec.blocks)}
+        quantized = {place: of for place, of in inside.items() if base.is_repacked(tensors, *of, bits)}
+        read = keeping(read, copy, tensors, {p: base.tensors_below(tensors, *of) for p, of in quantized.items()}, bits)
+    return Transformer(spec, dtype, base.read(tensors, "", outer_shapes(spec), bits), residence(spec.blocks, read))
 
 
 def block_path(spec: TransformerSpec, place: int) -> str:
@@ -208,10 +204,15 @@ def block_shapes(spec: TransformerSpec, place: int) -> dict[str, tuple[int, ...]
 
 def tensor_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the state dict, in diffusers names, with its shape."""
-    shapes = {f"{name}.weight": shape for name, shape in outer_shapes(spec).items()}
+    return {f"{name}.weight": shape for name, shape in base_shapes(spec).items()}
+
+
+def base_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """The same without `.weight`, which packed tensors have besides others."""
+    shapes = outer_shapes(spec)
     for place in range(spec.blocks):
         path = block_path(spec, place)
-        shapes |= {f"{path}.{name}.weight": shape for name, shape in block_shapes(spec, place).items()}
+        shapes |= {f"{path}.{name}": shape for name, shape in block_shapes(spec, place).items()}
     return shapes
 
 

@@ -19,6 +19,7 @@ from flux2_relay.stages.train.contexts import open_contexts
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import ValidationOptions
+from flux2_relay.stages.train.transformer import stock_of
 
 _HELD_OUT = 0.1  # of the data set, where the config holds out nothing
 _VALIDATIONS = 10
@@ -55,7 +56,7 @@ class Heard:
 
 def examine(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal, steps: int) -> list[Finding]:
     """Load the transformer, look at store and base, train `steps` steps into `job.folder`, let go of it."""
-    layout = loop.layout_of(job, spec)
+    layout = loop.layout_of(job, spec, stock_of(folders.transformer, spec))
     journal.say(f"memory: {layout.in_words()}")
     work = partial(_examine, job, folders, spec, layout, journal)
     return in_turn("transformer", partial(work, steps), journal.say, layout.peak_bytes if steps else None)
