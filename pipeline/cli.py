@@ -8,7 +8,7 @@ from typing import TypeVar
 import click
 
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.pipeline import adapter_cli, cache_cli, signals, start_cli
+from flux2_relay.pipeline import adapter_cli, cache_cli, sampling_cli, signals, start_cli
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -123,6 +123,7 @@ def models(config_file: Path | None, settings: tuple[str, ...], path: str | None
 cli.add_command(cache_cli.cache)
 cli.add_command(adapter_cli.export)
 cli.add_command(start_cli.init)
+cli.add_command(sampling_cli.sample)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import combining, normalize
 
 from PIL import Image, ImageDraw
 
@@ -23,11 +24,18 @@ class Labels:
 
 
 def contact_sheet(pictures: Pictures, path: Path) -> None:
-    """Draw previews, by (prompt number, step), as one PNG: a row a prompt, a column a step."""
+    """Draw previews, by (prompt number, step), as one PNG: a row a prompt, named as its files are, a column a step."""
     prompts = sorted({prompt for prompt, _ in pictures})
     steps = sorted({step for _, step in pictures})
     placed = {(prompts.index(prompt), steps.index(step)): file for (prompt, step), file in pictures.items()}
-    draw_sheet(placed, Labels(columns=[f"step {step}" for step in steps], rows=[""] * len(prompts)), path)
+    rows = [_prompt_of(next(file for (n, _), file in pictures.items() if n == prompt)) for prompt in prompts]
+    draw_sheet(placed, Labels(columns=[f"step {step}" for step in steps], rows=rows), path)
+
+
+def _prompt_of(file: Path) -> str:
+    """What a preview says of itself, or as much of it as fits beside a row."""
+    with Image.open(file) as picture:
+        return _legible(str(picture.info.get("prompt", "")), _LONGEST)
 
 
 def draw_sheet(pictures: Pictures, labels: Labels, path: Path, cell: int = _CELL) -> None:
@@ -59,8 +67,9 @@ def _fitted(file: Path, cell: int) -> Image.Image:
 
 
 def _legible(text: str, most: int) -> str:
-    """A text in letters that Pillow's own font has, cut to `most` of them."""
-    line = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    """A text in the letters that Pillow's own font surely has, cut to `most` of them."""
+    plain = "".join(letter for letter in normalize("NFKD", text) if not combining(letter))  # é as e
+    line = " ".join(plain.split()).encode("ascii", "replace").decode("ascii")
     return line if len(line) <= most else f"{line[: max(0, most - 3)]}..."
 
 

@@ -15,11 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import vae
+from flux2_relay.stages import identity, names, vae
 from flux2_relay.stages.decode.sheet import contact_sheet
 from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
+from flux2_relay.stages.spec import read_vae_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,13 @@ def to_png(
     """Decode each file of latents to the PNG beside it, its metadata as text chunks; loads nothing for nothing."""
     if todo:
         in_turn("VAE decoder", partial(_decode, todo, folders, say, budget_bytes), say)
+
+
+def identity_of(folders: ModelFolders) -> str:
+    """SHA-256 of the decoder half's weights."""
+    spec = read_vae_spec(folders.vae)
+    tensors = names.open_vae(folders.vae)
+    return identity.weights_identity(tensors, vae.decoder_tensor_names(spec), vae.identity_config(spec))
 
 
 def _decode(

@@ -5,7 +5,7 @@ latents that are there already are not drawn again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,21 +15,22 @@ from tqdm import tqdm
 
 from flux2_relay.cache import Store
 from flux2_relay.cache.errors import RelayError
-from flux2_relay.stages import blas
+from flux2_relay.stages import blas, identity, names
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.files import write_tensors
 from flux2_relay.stages.folders import ModelFolders
+from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import forward_layout, mixing
 from flux2_relay.stages.train.contexts import Contexts, open_contexts, to_mlx
 from flux2_relay.stages.train.layout import Layout
-from flux2_relay.stages.train.mixing import AdapterFile
 from flux2_relay.stages.train.options import Dtype, MemoryOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.sample import Picture, draw
-from flux2_relay.stages.train.transformer import Transformer, load_transformer
+from flux2_relay.stages.train.transformer import Transformer, load_transformer, tensor_shapes
 
+NUMERICS = 1  # part of every picture's key: raise it when the drawing's own code changes its numbers on purpose
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse
 
 
@@ -56,7 +57,7 @@ class DrawingJob:
     store: Store
     body: Mapping[str, object]  # of the set that holds the contexts
     orders: Sequence[Order]
-    adapters: Sequence[AdapterFile]
+    adapters: Sequence[Path]
     memory: MemoryOptions
     dtype: Dtype
     layout: Layout
@@ -140,3 +141,12 @@ def _picture(order: Order, contexts: Contexts) -> Picture:
         guidance=order.guidance,
         references=tuple(to_mlx(contexts.store.read("latents", key)) for key in order.references),
     )
+
+
+def identity_of(places: ModelFolders, spec: TransformerSpec, say: Callable[[str], None]) -> str:
+    """SHA-256 of the transformer's weights and config; hashes what this machine has not hashed before."""
+    tensors = names.open_transformer(places.transformer)
+    tensors.check(tensor_shapes(spec))
+    if not identity.is_cheap(tensors):
+        say(f"hashing {in_words(identity.size_of(tensors))} of transformer weights (once on this machine)")
+    return identity.weights_identity(tensors, tensor_shapes(spec), asdict(spec))

@@ -6,7 +6,6 @@ strength 0 is left out altogether: the base's own bits.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,14 +18,6 @@ from flux2_relay.stages.train.blocks import Adapter
 
 Updates = Mapping[str, Factors]
 """What one file does: module path -> its update."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFile:
-    """A LoRA file, and the strength that multiplies its alpha / rank."""
-
-    path: Path
-    strength: float = 1.0
 
 
 def locate(named: Path) -> Path:
@@ -42,12 +33,12 @@ def locate(named: Path) -> Path:
     return inside
 
 
-def read_all(files: Sequence[AdapterFile], spec: TransformerSpec) -> list[Updates]:
+def read_all(files: Sequence[Path], spec: TransformerSpec) -> list[Updates]:
     """The updates of each file; one InputError says what is wrong with any of them."""
     found, faults = [], []
     for file in files:
         try:
-            found.append(adapter_file.read(file.path, spec))
+            found.append(adapter_file.read(file, spec))
         except InputError as error:
             faults.append(str(error))
     if faults:
