@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import fp8
 from flux2_relay.stages.weights import TensorInfo, Tensors, open_tensors
 
 Part = Literal["transformer", "text_encoder", "vae"]
@@ -124,7 +125,6 @@ def open_vae(place: Path) -> Tensors:
 def transformer(tensors: Tensors) -> Tensors:
     """A transformer's tensors under diffusers' names; a name of no layout stays, for `check` to complain of."""
     inside = _inside(tensors, "transformer")
-    _refuse_scaled(inside)
     if not _is_bfl_transformer(inside.info):
         return inside
     return Tensors(inside.source, dict(pair for item in inside.info.items() for pair in _transformer(*item)))
@@ -142,9 +142,7 @@ def vae(tensors: Tensors) -> Tensors:
 
 def text_encoder(tensors: Tensors) -> Tensors:
     """The language model's tensors as `embed_tokens.weight` and `layers.N.…`, whatever stood in front of them."""
-    inside = _inside(tensors, "text_encoder")
-    _refuse_scaled(inside)
-    return inside
+    return _inside(tensors, "text_encoder")
 
 
 def _inside(tensors: Tensors, part: Part) -> Tensors:
@@ -157,7 +155,8 @@ def _inside(tensors: Tensors, part: Part) -> Tensors:
             f"this is no {part.replace('_', ' ')}"
         )
     (prefix,) = prefixes
-    return tensors.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+    inside = tensors.rename(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+    return fp8.with_scales(inside, part)
 
 
 def _prefixes(names: Iterable[str], part: Part) -> set[str]:
@@ -167,15 +166,6 @@ def _prefixes(names: Iterable[str], part: Part) -> set[str]:
         for sign in _SIGNS[part]
         if name.endswith(sign) and name[: -len(sign)][-1:] in ("", ".")
     }
-
-
-def _refuse_scaled(tensors: Tensors) -> None:
-    eights = sum(info.dtype.startswith("F8_") for info in tensors.info.values())
-    if eights:
-        raise InputError(
-            f"{tensors.source}: {eights} of its tensors are 8-bit floats (fp8), which are not read: they need scales "
-            "that each tool keeps in another way; take the bfloat16 file"
-        )
 
 
 def _transformer(name: str, info: TensorInfo) -> Pairs:
