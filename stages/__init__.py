@@ -13,6 +13,7 @@ names.py      other tools' layouts under our names
 fp8.py        8-bit floats in them
 weights.py    safetensors in: checked, lazy, mapped by name
 identity.py   what a set of weights is: hashes
+packed.py     models that MLX has quantized before
 quantize.py   a weight matrix as it stands in memory
 context.py    a caption's context, from the rows that are stored
 memory.py     what a stage may take, from the device or the config
