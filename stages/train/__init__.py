@@ -1,6 +1,7 @@
 """Stage two: a LoRA on the transformer, from the store alone. In reading order:
 
 blocks.py       the two kinds of block as pure functions
+base.py         weights as a checkpoint has them
 transformer.py  weights, and the forward pass
 lora.py         adapters
 dropout.py      the share of their input that is left out
