@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 _CELL, _GAP, _LABEL = 256, 8, 16  # pixels
 _LETTER = 7  # pixels that a letter is allowed
+_LONGEST = 60  # letters of a prompt
 
 Pictures = Mapping[tuple[int, int], Path]
 """Files by (row, column), counted from 0."""

@@ -188,6 +188,27 @@ def test_previews_stand_prompts_by_steps(report: Report, preview) -> None:
     assert "not decoded" not in page.text
 
 
+def test_prompts_with_and_without_the_trigger_stand_in_one_row(run: RunFolder, report: Report, preview) -> None:
+    for step in (0, 4, 10):
+        for number in range(4):
+            preview(step, number, png(8, 8))
+    prompts = ["a cat", "zorg a cat", "zorg a dog", "zorgling"]
+    report([1.0], prompts=prompts)
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace("data: {", "data: {trigger: zorg, "), "utf-8")
+
+    def shown() -> list[str]:
+        page = Page(write_report(run, load_config(config)).read_text("utf-8"))
+        assert re.search("step 0 ?with the trigger, before training.*step 10 ?without it, final", page.text)
+        return [image["alt"] for image in page.all("img")]
+
+    pair = [f"{prompt}, step {step}" for prompt in ("zorg a cat", "a cat") for step in (0, 10)]
+    assert shown() == pair + [f"{prompt}, step {step}" for prompt in prompts for step in (0, 4, 10)]
+    for number in range(4):
+        (run.path / "previews" / f"000004-{number:02d}.safetensors").unlink()
+    assert shown() == pair + [f"{prompt}, step {step}" for prompt in prompts[2:] for step in (0, 10)]
+
+
 def test_undecoded_previews_say_what_to_run(run: RunFolder, report: Report, preview) -> None:
     preview(0, 0, png(8, 8))
     preview(4, 0)
