@@ -8,9 +8,11 @@ plan*.py       `relay plan`: what both stages would do and take, and how it is t
 lacking.py     which entries a store lacks for a config, and why
 start_cli.py   the command line of somebody who begins: init, import, bench
 init*.py       `relay init`: a config for a data set on this machine, and why it is what it is
+import*.py     `relay import`: tables of other trainers' keys and ours
 commented.py   a config as text, with a comment beside every value
 adapter_cli.py the command line of export and merge
 export.py      `relay export`: an adapter for another program
+merge.py       `relay merge`: base and adapters as a folder of diffusers
 card.py        what the adapter of a run says of itself
 check.py       `relay check`: the acceptance test
 labels.py      labels and wrapped sentences on a terminal

@@ -122,7 +122,9 @@ def models(config_file: Path | None, settings: tuple[str, ...], path: str | None
 
 cli.add_command(cache_cli.cache)
 cli.add_command(adapter_cli.export)
+cli.add_command(adapter_cli.merge)
 cli.add_command(start_cli.init)
+cli.add_command(start_cli.import_)
 cli.add_command(sampling_cli.sample)
 
 

@@ -21,3 +21,20 @@ def init(folder: Path, output: Path | None, model: str | None, force: bool) -> N
     from flux2_relay.pipeline import init
 
     init.run(folder, output, model, force)
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@OUTPUT
+@click.option("--flags", metavar="TEXT_OR_FILE", help="musubi-tuner's flags: as text, in a shell script, or in a TOML.")
+@click.option("--model", metavar="NAME_OR_PATH", help="The model, whatever FILE says.")
+@FORCE
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def import_(file: Path, output: Path | None, flags: str | None, model: str | None, **how: bool) -> None:
+    """Turn a config of musubi-tuner, ai-toolkit or mflux into one of ours.
+
+    Says what was not carried over and why, here and at the end of the new config.
+    """
+    from flux2_relay.pipeline import imported
+
+    imported.run(file, output, flags, model, (how["force"], how["as_json"]))
