@@ -52,3 +52,30 @@ def export(choice: "Choice", source: Path, form: str, out: Path, config_file: Pa
     from flux2_relay.pipeline import config, export
 
     export.export(source, form, out, choice, None if config_file is None else config.load_config(config_file))
+
+
+@click.command()
+@click.option("-c", "--config", "config_file", required=True, type=FILE, help="The config whose model.")
+@click.option("--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of the config.")
+@click.option(
+    "--adapter",
+    "adapters",
+    required=True,
+    multiple=True,
+    metavar="FILE[=SCALE]",
+    help="A LoRA file or a run; several.",
+)
+@click.option("-o", "--out", required=True, type=FILE, metavar="DIR", help="The folder to make.")
+@click.option("--dtype", type=click.Choice(["bf16", "float32"]), default="bf16", help="Of the transformer's weights.")
+@click.option("--link", is_flag=True, help="Link the model's other parts instead of copying them.")
+def merge(
+    config_file: Path, settings: tuple[str, ...], adapters: tuple[str, ...], out: Path, dtype: str, link: bool
+) -> None:
+    """Merge adapters into the model of a config: a folder in the layout of diffusers.
+
+    SCALE multiplies the adapter's own alpha / rank; several adapters add up.
+    """
+    from flux2_relay.pipeline import config, merge
+    from flux2_relay.pipeline.wish import parse_adapter
+
+    merge.merge(config.load_config(config_file, settings), list(map(parse_adapter, adapters)), out, dtype, link)

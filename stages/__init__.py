@@ -21,6 +21,8 @@ measure.py    what it took
 one_model.py  one model at a time
 figures.py    how fast this machine was
 files.py      safetensors and JSON out, whole or not at all
+shards.py     safetensors out that are larger than memory
+model_folder.py  a folder in the layout of diffusers: its small files
 device_errors.py  what a GPU's errors mean, in plain words
 vae.py        the autoencoder; its halves load apart          shared by encode and decode
 vae_blocks.py     its layers

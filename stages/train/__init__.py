@@ -33,6 +33,6 @@ adapter_formats.py how other programs want an adapter
 adapter_card.py what its file says of itself
 adapter_proof.py whether two adapters are the same update
 export.py       the adapter for other programs, read back and compared
-files.py        bytes first, name last
+merge.py        base and adapters as one transformer
 options.py      what it may be told
 """

@@ -1,4 +1,4 @@
-"""Every naming and every format in diffusers' hands: what the table in docs/adapters.md says of it is found out anew."""
+"""Every naming and format in diffusers' hands: what the table in docs/adapters.md says of it is found out anew."""
 
 from pathlib import Path
 
