@@ -19,7 +19,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editabl
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo encode train test check oracle bench bench-gpu torture clean
+.PHONY: help setup demo encode train test check oracle score bench bench-gpu torture clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,15 +50,19 @@ check: .venv/check .types/flux2_relay ## Lint, formatting and types
 oracle: .venv/oracle ## Compare with diffusers, transformers and peft (installs torch)
 	$(BIN)/python -m pytest -q tests/oracle
 
+score: .venv ## Judge what the miniature draws, what the demo's LoRA learned, and that a planted fault shows
+	$(BIN)/python -m pytest -q tests/score -m 'not torture'
+
 bench: .venv ## Measure speed and memory on this machine
 	@for script in tests/bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 bench-gpu: .venv ## Measure full-size models beside diffusers and peft on an NVIDIA card; CASE=NAME for one
 	$(BIN)/python tests/bench/gpu/run.py $(addprefix --case ,$(CASE))
 
-torture: .venv ## Kill encode N times (200) at random moments: nothing acknowledged may be lost; train 2,000 steps
+torture: .venv ## Kill encode N times (200): nothing acknowledged may be lost; train 2,000 steps; plant every fault
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)
 	STEPS=2000 $(BIN)/python -m pytest -q tests/unit/pipeline/test_long_run.py
+	$(BIN)/python -m pytest -q tests/score -k planted_fault
 
 clean: ## Remove what the other targets made, .venv included; stores and runs stay
 	rm -rf .venv .types build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
