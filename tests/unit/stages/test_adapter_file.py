@@ -1,75 +1,37 @@
 """LoRA files in the namings of other programs: each means the weights that were written, and faults are named."""
 
 import json
-import zlib
+import re
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import ours
+from tiny import namings, ours
+from tiny.namings import NAMINGS, Values
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import names
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import adapter_file, export, init, lora
 from flux2_relay.stages.train.lora import LoraOptions
-from flux2_relay.stages.train.transformer import block_linears, outer_shapes
+from flux2_relay.stages.train.transformer import block_linears
 
 SPEC = TransformerSpec(
     double_blocks=2, single_blocks=2, heads=2, head_dim=4, context_width=12, guidance=True, rope_axes=(1, 1, 1, 1)
 )
 Updates = dict[str, np.ndarray]
-Values = dict[str, mx.array]
 
 
-def random(shape: tuple[int, ...], *name: object) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(zlib.crc32(repr(name).encode())))
-
-
-def shapes() -> dict[str, tuple[int, int]]:
-    return block_linears(SPEC) | {name: (s[0], s[1]) for name, s in outer_shapes(SPEC).items()}
-
-
-def factors(rank: int = 2) -> dict[str, tuple[mx.array, mx.array]]:
+def factors(rank: int = 2) -> namings.Pairs:
     """A and B of every linear, in diffusers' names."""
-    return {
-        path: (random((rank, columns), path, 0), random((rows, rank), path, 1))
-        for path, (rows, columns) in shapes().items()
-    }
+    return namings.pairs(SPEC, rank)
 
 
-def updates(of: dict[str, tuple[mx.array, mx.array]], scale: float) -> Updates:
+def updates(of: namings.Pairs, scale: float) -> Updates:
     return {path: scale * np.array(b @ a) for path, (a, b) in of.items()}
 
 
-def bfl(of: dict[str, tuple[mx.array, mx.array]]) -> dict[str, tuple[mx.array, mx.array]]:
-    """The same updates in BFL's names: q, k and v block-diagonal in one matrix, norm_out with its halves swapped."""
-    fused = {}
-    for name, path in names.OUTER.items():
-        fused[name] = of[path]
-    for name, path in names.SWAPPED.items():
-        a, b = of[path]
-        first, second = mx.split(b, 2, axis=0)
-        fused[name] = a, mx.concatenate([second, first], axis=0)
-    for index in range(2):
-        block, bare = f"transformer_blocks.{index}", f"double_blocks.{index}"
-        fused |= {f"{bare}.{n}": of[f"{block}.{path}"] for n, path in names.DOUBLE.items() if f"{block}.{path}" in of}
-        for name, parts in names.FUSED.items():
-            three = [of[f"{block}.{part}"] for part in parts]
-            rank = three[0][0].shape[0]
-            rows = [
-                mx.concatenate([b if n == m else mx.zeros_like(b) for m in range(3)], axis=1)
-                for n, (_, b) in enumerate(three)
-            ]
-            assert rows[0].shape[1] == 3 * rank
-            fused[f"{bare}.{name}"] = mx.concatenate([a for a, _ in three]), mx.concatenate(rows)
-        block, bare = f"single_transformer_blocks.{index}", f"single_blocks.{index}"
-        fused |= {f"{bare}.{n}": of[f"{block}.{path}"] for n, path in names.SINGLE.items() if f"{block}.{path}" in of}
-    return fused
-
-
-def named(of: dict[str, tuple[mx.array, mx.array]], pattern: str, underscores: bool = False) -> Values:
+def named(of: namings.Pairs, pattern: str, underscores: bool = False) -> Values:
     """`{}` stands for the module, `<a|b>` for what A and B are called."""
     before, _, rest = pattern.partition("<")
     between, _, behind = rest.partition(">")
@@ -96,34 +58,38 @@ def assert_same(found: Updates, expected: Updates) -> None:
         np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("naming", NAMINGS, ids=lambda n: f"{n.module}-{n.factors[0]}-{n.alpha}")
+def test_every_naming_at_its_strength(tmp_path: Path, naming: namings.Naming) -> None:
+    of = factors()
+    values, metadata = namings.file_of(naming, of, 1.5)
+    assert_same(found_in(write(tmp_path / "a.safetensors", values, metadata)), updates(of, 1.5))
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
-        "transformer.{}.<lora_A|lora_B>.weight",
-        "{}.<lora_A|lora_B>.weight",
-        "diffusion_model.{}.<lora_A|lora_B>.weight",
-        "base_model.model.{}.<lora_A|lora_B>.weight",
-        "transformer.{}.<lora_A|lora_B>.default.weight",
-        "transformer.{}.<lora.down|lora.up>.weight",
-        "transformer.{}.<lora_down|lora_up>.weight",
+        "diffusion_model.{}.<lora_A|lora_B>.some_name.weight",
+        "lycoris_{}.<lora_down|lora_up>.weight",
+        "{}<.lora_linear_layer.down|.lora_linear_layer.up>.weight",
+        "{}<_lora.down|_lora.up>.weight",
     ],
 )
-@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
-def test_every_naming_with_dots(tmp_path: Path, pattern: str, layout: str) -> None:
+def test_namings_that_only_one_program_reads(tmp_path: Path, pattern: str) -> None:
     of = factors()
-    values = named(bfl(of) if layout == "bfl" else of, pattern)
+    values = named(of, pattern, underscores=pattern.startswith("lycoris"))
     assert_same(found_in(write(tmp_path / "a.safetensors", values)), updates(of, 1.0))
 
 
-@pytest.mark.parametrize(("pattern", "layout"), [("lora_unet_{}.", "bfl"), ("lora_transformer_{}.", "diffusers")])
-def test_every_naming_with_underscores(tmp_path: Path, pattern: str, layout: str) -> None:
+def test_what_mflux_writes(tmp_path: Path) -> None:
+    """Its own paths: no `.0`, and no level between the time embedding and its linears."""
     of = factors()
-    in_file = bfl(of) if layout == "bfl" else of
-    values = named(in_file, pattern + "<lora_down|lora_up>.weight", underscores=True)
-    for path, (a, _) in in_file.items():
-        fused = a.shape[0] // 2  # 3 where q, k and v are one
-        values[pattern.replace("{}", path.replace(".", "_")) + "alpha"] = mx.array(3.0 * fused)
-    assert_same(found_in(write(tmp_path / "a.safetensors", values)), updates(of, 1.5))
+    theirs = {
+        re.sub(r"(\.attn\.to_out)\.0$", r"\1", path).replace("timestep_embedder.linear", "linear"): pair
+        for path, pair in of.items()
+    }
+    assert theirs.keys() != of.keys()
+    values = named(theirs, "transformer.{}.<lora_A|lora_B>.weight")
+    assert_same(found_in(write(tmp_path / "a.safetensors", values)), updates(of, 1.0))
 
 
 def test_alpha_as_a_tensor_of_one_element_and_half_precision(tmp_path: Path) -> None:
@@ -155,7 +121,7 @@ def test_alpha_in_the_metadata(tmp_path: Path, fields: dict, scale: float) -> No
 
 
 def test_one_a_shared_by_q_k_and_v(tmp_path: Path) -> None:
-    a, b = random((2, 8), "a"), random((24, 2), "b")
+    a, b = namings.random((2, 8), "a"), namings.random((24, 2), "b")
     values = named({"double_blocks.1.txt_attn.qkv": (a, b)}, "diffusion_model.{}.<lora_A|lora_B>.weight")
     found = adapter_file.read(write(tmp_path / "a.safetensors", values), SPEC)
     assert list(found) == [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"]
@@ -167,21 +133,21 @@ def test_one_a_shared_by_q_k_and_v(tmp_path: Path) -> None:
 def test_parts_of_a_fused_module_get_their_own_rank_back(tmp_path: Path) -> None:
     of = factors()
     found = adapter_file.read(
-        write(tmp_path / "a.safetensors", named(bfl(of), "diffusion_model.{}.<lora_A|lora_B>.weight")), SPEC
+        write(tmp_path / "a.safetensors", named(namings.bfl(of), "diffusion_model.{}.<lora_A|lora_B>.weight")), SPEC
     )
     assert {factors.a.shape[0] for factors in found.values()} == {2}
     del of["transformer_blocks.0.attn.to_k"]
     only_two = factors()
     a, b = only_two["transformer_blocks.0.attn.to_k"]
     only_two["transformer_blocks.0.attn.to_k"] = a, mx.zeros_like(b)
-    values = named(bfl(only_two), "diffusion_model.{}.<lora_A|lora_B>.weight")
+    values = named(namings.bfl(only_two), "diffusion_model.{}.<lora_A|lora_B>.weight")
     assert_same(found_in(write(tmp_path / "b.safetensors", values)), updates(of, 1.0))
 
 
 def test_our_own_files_are_read_at_their_strength(tmp_path: Path, dev: Path) -> None:
     model = ours.load(dev)
     lora.attach(model, LoraOptions(rank=2, alpha=5.0, ranks={"to_k": 3}), seed=0)
-    values = {name: random(value.shape, name) for name, value in lora.parameters(model).items()}
+    values = {name: namings.random(value.shape, name) for name, value in lora.parameters(model).items()}
     lora.load(model, values)
     export.write_diffusers(model, tmp_path / "exported.safetensors", {"flux2_relay.alpha": "5.0"})
     metadata = lora.metadata(model, LoraOptions(rank=2, alpha=5.0, ranks={"to_k": 3}))
@@ -231,7 +197,13 @@ def with_a_list_of_alphas(values: Values) -> None:
     values[f"{Q}.alpha"] = mx.zeros(2)
 
 
+def with_one_module_in_two_namings(values: Values) -> None:
+    values["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"] = mx.zeros((2, 8))
+    values["diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight"] = mx.zeros((24, 2))
+
+
 FAULTS = {
+    with_one_module_in_two_namings: "transformer_blocks.0.attn.to_q stands there twice",
     without_b: f"{Q}.lora_A.weight: factor B of transformer_blocks_0_attn_to_q is missing",
     with_alpha_alone: "lora_unet_single_blocks_1_linear1.alpha: factor A and factor B",
     with_wrong_columns: f"{Q}.lora_A.weight: expected rank x 8, found 2 x 9",
@@ -273,7 +245,7 @@ def test_a_start_is_the_update_of_the_file(tmp_path: Path, dev: Path) -> None:
     """Of a lower rank and another strength; what the file lacks starts fresh."""
     model = ours.load(dev)
     rows, columns = block_linears(model.spec)["transformer_blocks.0.attn.to_q"]
-    a, b = random((2, columns), "a"), random((rows, 2), "b")
+    a, b = namings.random((2, columns), "a"), namings.random((rows, 2), "b")
     values = named({"transformer_blocks.0.attn.to_q": (a, b)}, "transformer.{}.<lora_A|lora_B>.weight")
     values["transformer.transformer_blocks.0.attn.to_q.alpha"] = mx.array(5.0)
     file = write(tmp_path / "a.safetensors", values)
