@@ -78,14 +78,27 @@ def layer_packings(tensors: Tensors, number: int, spec: TextSpec) -> dict[str, P
     return packed.packings(tensors, {f"layers.{number}.{name}": shape for name, shape in layer_shapes(spec).items()})
 
 
-def layer_bytes(spec: TextSpec, bits: int, packed_source: Tensors | None = None) -> int:
-    """What one layer takes in memory at `bits`, scales and biases 4 bytes a group, or as a packed file has it."""
-    if packed_source is not None:
-        sizes = (info.end - info.start for name, info in packed_source.info.items() if name.startswith("layers.0."))
-        return sum(sizes)
+def layer_bytes(spec: TextSpec, bits: int, source: Tensors | None = None) -> int:
+    """What one layer takes in memory at `bits`, scales and biases 4 bytes a group, or as a `source` that is packed."""
+    if source is not None and layer_packings(source, 0, spec):
+        return sum(info.end - info.start for name, info in source.info.items() if name.startswith("layers.0."))
     per_weight = bits / 8 if bits >= 16 else bits / 8 + 4 / GROUP
     sizes = ((shape, math.prod(shape)) for shape in layer_shapes(spec).values())
     return int(sum(size * (per_weight if len(shape) == 2 else 2) for shape, size in sizes))
+
+
+def reading_bytes(source: Tensors, spec: TextSpec, bits: int) -> int:
+    """What else stands in memory while a matrix of a layer is made: the file's values, and those between."""
+    wanted = "F32" if bits == 32 else "BF16"
+    found = encoder_packings(source, spec)
+    most = 0
+    for name, info in source.info.items():
+        if name == EMBEDDING or len(info.shape) < 2 or name.rpartition(".")[0] in found:
+            continue
+        of_file = 0 if info.dtype == wanted else info.end - info.start
+        between = (4 if info.dtype == FP8 else 0) + (2 if bits < 16 and not found else 0)
+        most = max(most, of_file + between * math.prod(info.shape))
+    return most
 
 
 def encoder_identity(tensors: Tensors, spec: TextSpec) -> str:

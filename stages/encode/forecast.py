@@ -102,7 +102,7 @@ def forecast(job: Job, hash_weights: Callable[[Tensors], None] | None) -> Foreca
 
 def text_phase(job: Job, known: Forecast, missing: Collection[str]) -> TextPhase:
     """The turn of the text encoder for these missing entries; InputError where the budget is too small."""
-    layout = text_layout(known.text, job.encode, job.budget_bytes, known.tensors if known.packing else None)
+    layout = text_layout(known.text, job.encode, job.budget_bytes, known.tensors)
     captions = [known.want.text[key]["caption"] for key in missing]
     costs = [known.tokenizer.cost(str(caption)) for caption in captions if caption is not None]
     tokens = sum(costs)

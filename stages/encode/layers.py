@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
 
 from flux2_relay.stages import packed
-from flux2_relay.stages.encode.encoder_weights import GROUP, layer_packings, layer_shapes
+from flux2_relay.stages.encode.encoder_weights import GROUP, layer_packings, layer_shapes, reading_bytes
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
 
@@ -106,18 +107,22 @@ class StreamedLayers:
             yield ahead.result()
 
     def _load(self, number: int) -> nn.Module:
-        layer = decoder_layer(self.tensors, number, self.spec, self.bits)
-        mx.eval(layer.parameters())
-        return layer
+        return _read(self.tensors, number, self.spec, self.bits)
 
 
 def resident_layers(tensors: Tensors, spec: TextSpec, bits: int) -> list[nn.Module]:
     """The layers up to the last tap, all in memory; read one by one, so that never two stand unquantized."""
-    layers = []
-    for number in range(spec.taps[-1]):
-        layers.append(decoder_layer(tensors, number, spec, bits))
-        mx.eval(layers[-1].parameters())
-    return layers
+    return [_read(tensors, number, spec, bits) for number in range(spec.taps[-1])]
+
+
+def _read(tensors: Tensors, number: int, spec: TextSpec, bits: int) -> nn.Module:
+    """A layer in memory, made one matrix at a time: what it is made from would otherwise stand beside all of it."""
+    layer = decoder_layer(tensors, number, spec, bits)
+    if reading_bytes(tensors, spec, bits):
+        for _, value in tree_flatten(layer.parameters()):
+            mx.eval(value)
+    mx.eval(layer.parameters())
+    return layer
 
 
 def _divides(path: str, module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages.encode.encoder_weights import layer_bytes
+from flux2_relay.stages.encode.encoder_weights import layer_bytes, reading_bytes
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.templates import FAMILIES
 from flux2_relay.stages.measure import in_words
@@ -21,7 +21,9 @@ class TextLayout:
 
     streamed: bool
     weights_bytes: int
-    """Layers in memory at once."""
+    """Layers in memory at once, with what the one that is being read is made from."""
+    reading_bytes: int
+    """What resident layers are made from, one matrix at a time, before any caption runs."""
     scratch_bytes: int
     """Temporaries of one batch."""
     pass_tokens: int
@@ -39,7 +41,7 @@ class TextLayout:
         together = min(tokens, self.batch_tokens)
         scratch = self.scratch_bytes * together // self.batch_tokens
         scratch += self.cache_bytes * captions * together // max(1, tokens)
-        return self.weights_bytes + scratch + self.token_bytes * min(tokens, self.pass_tokens)
+        return self.weights_bytes + max(self.reading_bytes, scratch + self.token_bytes * min(tokens, self.pass_tokens))
 
     def in_words(self, spec: TextSpec, weights: str) -> str:
         """One line for the log; `weights` says how they are kept."""
@@ -47,17 +49,14 @@ class TextLayout:
         return f"{spec.taps[-1]} of {spec.layers} layers, {weights}, {how}"
 
 
-def text_layout(
-    spec: TextSpec, options: EncodeOptions, budget_bytes: int, packed_source: Tensors | None = None
-) -> TextLayout:
+def text_layout(spec: TextSpec, options: EncodeOptions, budget_bytes: int, tensors: Tensors) -> TextLayout:
     """The layout that `encode.stream` and the budget ask for; InputError says the smallest budget that works.
 
-    `packed_source` are the tensors of an encoder that is packed on disk and stays so.
+    `tensors` are those of the encoder, which may be packed on disk and then stays so.
     """
     item = 4 if options.bits == 32 else 2
-    one = layer_bytes(spec, options.bits, packed_source)
-    quantized_here = options.bits < 16 and packed_source is None
-    one_read = one + layer_bytes(spec, 16) if quantized_here else one  # quantized from the full layer
+    one = layer_bytes(spec, options.bits, tensors)
+    one_read = one + reading_bytes(tensors, spec, options.bits)
     # A batch computes the MLP's two halves and their product; a whole-context caption also its attention scores.
     scratch = options.batch_tokens * item * (_SCRATCH_ROWS * spec.mlp_width + 4 * spec.hidden)
     of_token = item * spec.hidden * (len(spec.taps) + 1)  # hidden states and taps
@@ -77,6 +76,7 @@ def text_layout(
     return TextLayout(
         streamed=streamed,
         weights_bytes=weights,
+        reading_bytes=0 if streamed else one_read - one,
         scratch_bytes=scratch,
         pass_tokens=tokens,
         token_bytes=of_token,

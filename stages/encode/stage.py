@@ -141,9 +141,7 @@ def identities(
             f"{job.encode.bits} only the arithmetic follows, {compute}"
         )
     if fp8.is_fp8(tensors):
-        job.say(
-            f"{tensors.source}: holds 8-bit floats (fp8), which are off by some 3 %; bfloat16 ones are exact"
-        )
+        job.say(f"{tensors.source}: holds 8-bit floats (fp8), which are off by some 3 %; bfloat16 ones are exact")
     text = text_identity(job, text_spec, tokenizer, packing, encoder_identity(tensors, text_spec))
     return text, latents_identity(job, vae_spec)
 
@@ -202,7 +200,7 @@ def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: 
     blas.suit(spec.hidden)
     tensors = open_encoder(job.folders.text_encoder, spec)
     packing = packed.summary(encoder_packings(tensors, spec))
-    layout = text_layout(spec, job.encode, job.budget_bytes, tensors if packing else None)
+    layout = text_layout(spec, job.encode, job.budget_bytes, tensors)
     costs = [tokenizer.cost(str(key["caption"])) for key in wants.values() if key["caption"] is not None]
     work = partial(_encode_text, job, tokenizer, wants, layout, packing)
     in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)))

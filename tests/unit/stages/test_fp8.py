@@ -12,8 +12,11 @@ from tiny.project import Project
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import fp8, identity, names, spec, vae
+from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.encode.encoder_weights import embedding_rows, encoder_identity, open_encoder
+from flux2_relay.stages.encode.layers import resident_layers
 from flux2_relay.stages.encode.text import load_text_encoder
+from flux2_relay.stages.sizes import TextSpec
 from flux2_relay.stages.train.transformer import load_transformer
 from flux2_relay.stages.weights import open_tensors
 
@@ -173,3 +176,30 @@ def test_other_ways_of_packing_say_what_to_take_instead(dev: Path, tmp_path: Pat
     with pytest.raises(InputError, match="download the folder text_encoder/") as refused:
         names.text_encoder(open_tensors(tmp_path / "b.safetensors"))
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "fp8", "fp8 scaled"])
+def test_a_layer_is_read_a_matrix_at_a_time_in_the_memory_foretold(tmp_path: Path, kind: str, bits: int) -> None:
+    """What a matrix is made from (the file's bytes, float32 between) never stands beside the whole layer."""
+    text = TextSpec(
+        family="mistral", layers=2, hidden=256, mlp_width=2048, heads=4, kv_heads=2, head_dim=64, vocabulary=9,
+        rope_theta=1e6, eps=1e-5, taps=(1,), length=48,
+    )  # fmt: skip
+    made = {"F32": mx.float32, "BF16": mx.bfloat16}.get(kind, mx.float32)
+    values = {name: mx.full(shape, 0.01, made) for name, shape in encoder_weights.tensor_shapes(text).items()}
+    file = tmp_path / "a.safetensors"
+    if kind in ("F32", "BF16"):
+        layouts.save(file, values)
+    else:
+        write(file, values, SCALES["a number"] if "scaled" in kind else None)
+    tensors = open_encoder(file, text)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    (layer,) = resident_layers(tensors, text, bits)
+    peak, held = mx.get_peak_memory() - before, mx.get_active_memory() - before
+    foretold = encoder_weights.reading_bytes(tensors, text, bits)
+    assert held == pytest.approx(encoder_weights.layer_bytes(text, bits), rel=0.01)
+    assert held <= peak <= 1.01 * (held + foretold)
+    assert foretold <= 1.2 * (peak - held) + 4 * 256 * 2048, "a copy too many at most"
+    del layer
