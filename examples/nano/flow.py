@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch._dynamo
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from parts import TEMPLATE, Parts
@@ -26,6 +27,9 @@ BUCKETS = {(128, 128): 0.7, (96, 160): 0.15, (160, 96): 0.15}
 """Height and width of the base's pictures -> share of them."""
 RATE, WARM_UP, DROPOUT, EMA = 2e-3, 200, 0.1, 0.999
 MOST_GUIDANCE = 4.0
+SHIFT = 3.0
+GUIDED_RATE = 5e-4
+"""Learning rate of the second phase, in which guidance gets its meaning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +112,10 @@ def velocity(
 
 
 def draw_sigma(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [N]: seven tenths logit-normal, moved towards noise, the others uniform."""
+    """Noise levels [N]: seven tenths logit-normal, moved towards noise, where figures form; the others uniform."""
     device = generator.device
     normal = torch.sigmoid(torch.randn(count, device=device, generator=generator))
-    shifted = 2 * normal / (1 + normal)
+    shifted = SHIFT * normal / (1 + (SHIFT - 1) * normal)
     uniform = torch.rand(count, device=device, generator=generator)
     return torch.where(torch.rand(count, device=device, generator=generator) < 0.7, shifted, uniform)
 
@@ -150,11 +154,30 @@ class Batch:
         self.guidance.copy_(1 + (MOST_GUIDANCE - 1) * torch.rand(count, device=device, generator=generator))
 
 
-def flow_loss(parts: Parts, batch: Batch, size: tuple[int, int]) -> Tensor:
-    """Mean squared error of the velocity."""
+def flow_loss(parts: Parts, batch: Batch, size: tuple[int, int], teacher: "Teacher | None") -> Tensor:
+    """Mean squared error of the velocity: from data to noise, or what a teacher says."""
     noisy = torch.lerp(batch.latents, batch.noise, batch.sigma[:, None, None])
     predicted = velocity(parts, noisy, context(parts, batch.ids), batch.sigma, batch.guidance, size)
-    return functional.mse_loss(predicted.float(), batch.noise - batch.latents)
+    target = batch.noise - batch.latents if teacher is None else teacher.velocity(noisy, batch, size)
+    return functional.mse_loss(predicted.float(), target)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """A trained model whose classifier-free guidance another learns to give in one pass, as FLUX.2-dev does."""
+
+    parts: Parts
+    empty: Tensor  # ids [1, T] of the empty caption
+
+    @torch.no_grad()
+    def velocity(self, noisy: Tensor, batch: Batch, size: tuple[int, int]) -> Tensor:
+        """Guided velocity [N, L, 128] float32, each picture by its own guidance."""
+        one = torch.ones_like(batch.guidance)
+        told, untold = (
+            velocity(self.parts, noisy, context(self.parts, ids), batch.sigma, one, size).float()
+            for ids in (batch.ids, self.empty.expand_as(batch.ids))
+        )
+        return torch.lerp(untold, told, batch.guidance[:, None, None])
 
 
 def half_copy(parts: Parts, dtype: torch.dtype) -> Parts:
@@ -165,7 +188,23 @@ def half_copy(parts: Parts, dtype: torch.dtype) -> Parts:
     embedders = transformer.time_guidance_embed
     for module in (transformer.x_embedder, embedders.timestep_embedder, embedders.guidance_embedder):
         module.register_forward_pre_hook(lambda _, given: (given[0].to(dtype), *given[1:]))
+    if dtype != torch.float32:  # on a GPU: small blocks are bound by reading and writing between their operations
+        torch._dynamo.config.recompile_limit = 64  # layers of one kind, with and without gradients, two sizes
+        for layer in (*half.language.layers, *transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            layer.compile(dynamic=False)
     return half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One phase of training: by `steps` or by `limit` seconds, whichever ends first."""
+
+    name: str
+    steps: int
+    batch: int
+    limit: float
+    guided: bool
+    seed: int
 
 
 def trained(parts: Parts) -> list[torch.nn.Parameter]:
@@ -177,13 +216,16 @@ def trained(parts: Parts) -> list[torch.nn.Parameter]:
 class Trainer:
     """Steps in half precision on weights kept in single precision, and a running mean of them."""
 
-    def __init__(self, parts: Parts, device: torch.device) -> None:
-        """The weights of `parts` are what is trained."""
+    def __init__(self, parts: Parts, device: torch.device, empty: Tensor, guided: bool) -> None:
+        """The weights of `parts` are what is trained; `guided` by what they are now, `empty` the empty caption's ids."""
         on_gpu = device.type == "cuda"
-        self.half = half_copy(parts, torch.bfloat16 if on_gpu else torch.float32)
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.half = half_copy(parts, dtype)
+        self.teacher = Teacher(parts=half_copy(parts, dtype), empty=empty) if guided else None
         self.weights, self.halves = trained(parts), trained(self.half)
         self.means = [weight.detach().clone() for weight in self.weights]
-        self.rate, self.total = torch.tensor(RATE / WARM_UP, device=device), torch.zeros((), device=device)
+        self.peak = GUIDED_RATE if guided else RATE
+        self.rate, self.total = torch.tensor(self.peak / WARM_UP, device=device), torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             self.weights, self.rate, (0.9, 0.99), weight_decay=0, fused=on_gpu, capturable=on_gpu
         )
@@ -194,7 +236,7 @@ class Trainer:
         """One update; the loss is added to `total`."""
         for half in self.halves:
             half.grad = None
-        loss = flow_loss(self.half, batch, size)
+        loss = flow_loss(self.half, batch, size, self.teacher)
         loss.backward()
         with torch.no_grad():
             torch._foreach_copy_([w.grad for w in self.weights], [h.grad for h in self.halves])
@@ -205,33 +247,35 @@ class Trainer:
             self.total.add_(loss.detach())
 
 
-def train_flow(parts: Parts, buckets: Sequence[Bucket], steps: int, batch: int, limit: float) -> dict[str, object]:
-    """Train for `steps`, or `limit` seconds if that is less; the weights end as their running mean."""
+def train_flow(parts: Parts, buckets: Sequence[Bucket], plan: Plan) -> dict[str, object]:
+    """Train for the plan's steps, or its seconds if those are less; the weights end as their running mean."""
     device = buckets[0].latents.device
-    generator, rng = torch.Generator(device).manual_seed(2), random.Random(2)
-    trainer, empty = Trainer(parts, device), token_ids(parts, [""]).to(device)
-    places = [Batch.of(bucket, batch) for bucket in buckets]
+    generator, rng = torch.Generator(device).manual_seed(plan.seed), random.Random(plan.seed)
+    empty = token_ids(parts, [""]).to(device)
+    trainer = Trainer(parts, device, empty, plan.guided)
+    places = [Batch.of(bucket, plan.batch) for bucket in buckets]
     runs = []
     for bucket, place in zip(buckets, places, strict=True):
         place.fill(bucket, empty, generator)
         runs.append(record(partial(trainer.step, place, bucket.size), device))
     started, count, losses = time.perf_counter(), 0, []
     trainer.total.zero_()
-    for done in progress(steps, limit):
-        trainer.rate.fill_(rate(RATE, count, WARM_UP, done))
+    for done in progress(plan.steps, plan.limit):
+        trainer.rate.fill_(rate(trainer.peak, count, WARM_UP, done))
         (number,) = rng.choices(range(len(buckets)), list(BUCKETS.values()))
         places[number].fill(buckets[number], empty, generator)
         runs[number]()
         count += 1
-        if count % 500 == 0:
-            losses.append(trainer.total.item() / 500)
+        if count % 1000 == 0:
+            losses.append(trainer.total.item() / 1000)
             trainer.total.zero_()
-            print(f"flow {count} {time.perf_counter() - started:.0f} s, loss {losses[-1]:.4f}", flush=True)
+            print(f"{plan.name} {count} {time.perf_counter() - started:.0f} s, loss {losses[-1]:.4f}", flush=True)
     with torch.no_grad():
         torch._foreach_copy_(trainer.weights, trainer.means)
     for weight in trainer.weights:
         weight.grad = None
-    return {"flow_steps": count, "flow_seconds": time.perf_counter() - started, "flow_losses": losses}
+    seconds = time.perf_counter() - started
+    return {f"{plan.name}_steps": count, f"{plan.name}_seconds": seconds, f"{plan.name}_losses": losses}
 
 
 @torch.no_grad()

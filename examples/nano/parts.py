@@ -38,11 +38,12 @@ class Sizes:
 
     transformer: dict = field(
         default_factory=lambda: {
-            "num_layers": 3,
-            "num_single_layers": 6,
-            "num_attention_heads": 4,
+            "num_layers": 1,
+            "num_single_layers": 5,
+            "num_attention_heads": 6,
             "attention_head_dim": 32,
             "axes_dims_rope": (8, 8, 8, 8),
+            "mlp_ratio": 2.0,
             "guidance_embeds": True,
         }
     )
