@@ -9,6 +9,7 @@ lacking.py     which entries a store lacks for a config, and why
 start_cli.py   the command line of somebody who begins: init, import, bench
 init*.py       `relay init`: a config for a data set on this machine, and why it is what it is
 import*.py     `relay import`: tables of other trainers' keys and ours
+bench.py       `relay bench`: one line on how fast this machine is
 commented.py   a config as text, with a comment beside every value
 adapter_cli.py the command line of export and merge
 export.py      `relay export`: an adapter for another program

@@ -125,6 +125,7 @@ cli.add_command(adapter_cli.export)
 cli.add_command(adapter_cli.merge)
 cli.add_command(start_cli.init)
 cli.add_command(start_cli.import_)
+cli.add_command(start_cli.bench)
 cli.add_command(sampling_cli.sample)
 
 

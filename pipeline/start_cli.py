@@ -38,3 +38,29 @@ def import_(file: Path, output: Path | None, flags: str | None, model: str | Non
     from flux2_relay.pipeline import imported
 
     imported.run(file, output, flags, model, (how["force"], how["as_json"]))
+
+
+@click.command()
+@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="Time this config's real weights.")
+@click.option("--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Override a key of it.")
+@click.option(
+    "--model",
+    type=click.Choice(["klein-base-4b", "klein-base-9b", "dev"]),
+    default="klein-base-4b",
+    help="The size of a model with random weights, so that none is needed; without -c.",
+)
+@click.option("--resolution", type=click.IntRange(min=16), metavar="R", help="Pictures of R x R; 512, or the config's.")
+@click.option(
+    "--bits", type=click.Choice(["auto", "32", "16", "8", "6", "4"]), default="auto", help="Width of weights."
+)
+@click.option("--steps", type=click.IntRange(min=1), default=5, help="Timed steps, after two that warm up.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(config_file: Path | None, settings: tuple[str, ...], **asked: object) -> None:
+    """Time training steps on this machine, and print one line to share.
+
+    A model too large for this machine's memory is timed in parts; the line says then that it was computed.
+    """
+    from flux2_relay.pipeline import bench, config
+
+    loaded = config.load_config(config_file, settings) if config_file is not None else None
+    bench.run(bench.Asked(**asked), loaded)  # pyright: ignore[reportArgumentType]

@@ -19,6 +19,7 @@ randomness.py   draws as functions of (seed, step, item)
 contexts.py     stored entries to arrays
 batches.py      which items make up which step, read ahead
 loop.py         the stage: step by step
+pace.py         how long a step takes, on noise
 job.py          what it is given, and whom it tells
 running.py      a run under way
 acceptance.py   whether the store holds what the transformer was trained on
