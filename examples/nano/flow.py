@@ -217,7 +217,7 @@ class Trainer:
     """Steps in half precision on weights kept in single precision, and a running mean of them."""
 
     def __init__(self, parts: Parts, device: torch.device, empty: Tensor, guided: bool) -> None:
-        """The weights of `parts` are what is trained; `guided` by what they are now, `empty` the empty caption's ids."""
+        """The weights of `parts` are what is trained; `guided` by what they are now; `empty` are ids."""
         on_gpu = device.type == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
         self.half = half_copy(parts, dtype)
