@@ -122,10 +122,13 @@ def _of_checkpoint(place: Path, config: Config, ema: bool) -> "AdapterFile":
     from flux2_relay.stages.train import adapter_file, checkpoint
     from flux2_relay.stages.train.export import DTYPES as TYPES
 
-    state, told_by = checkpoint.load_state(place), place / "adapter.safetensors"
+    state = checkpoint.load_state(place)
     if ema and not state.has_ema:
         raise InputError(f"{place}: holds no running mean; `train.ema` asks for one")
-    adapter = adapter_file.read_file(place / "ema.safetensors" if ema else told_by, told_by=told_by)
+    names = ("ema.safetensors", "adapter.safetensors") if ema else ("adapter.safetensors",)
+    for name in names:
+        checkpoint.check_sum(place, name)
+    adapter = adapter_file.read_file(place / names[0], told_by=place / names[-1])
     said = {**card.of_run(config, state.set), "flux2_relay.steps": str(state.step)}
     said |= {"flux2_relay.ema": str(config.train.ema)} if ema else {}
     return replace(adapter, metadata=said, dtype=TYPES[config.save.dtype])

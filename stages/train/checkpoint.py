@@ -129,7 +129,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def load(path: Path) -> Checkpoint:
     """One checkpoint folder; InputError where a file of it is missing or damaged."""
     for name in _sums(path):
-        _check_sum(path, name)
+        check_sum(path, name)
     state = load_state(path)
     adapter, metadata = read_tensors(path / "adapter.safetensors")
     optimizer, _ = read_tensors(path / "optimizer.safetensors")
@@ -139,14 +139,14 @@ def load(path: Path) -> Checkpoint:
 
 def load_state(path: Path) -> State:
     """What a checkpoint says of itself; its tensors are not read."""
-    _check_sum(path, "state.json")
+    check_sum(path, "state.json")
     try:
         return State(**json.loads((path / "state.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: its state.json cannot be read ({error})") from None
 
 
-def _check_sum(path: Path, name: str) -> None:
+def check_sum(path: Path, name: str) -> None:
     """Refuse a file that is not what was written; InputError. A file without a checksum passes."""
     expected = _sums(path).get(name)
     try:
