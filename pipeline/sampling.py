@@ -74,8 +74,9 @@ def sample(config: Config, wish: Wish, as_json: bool) -> None:
         listed = [{**picture.as_object(), "drawn": picture.file in made} for picture in wanted]
         print_json({"folder": str(wish.folder), "pictures": listed, "sheets": list(map(str, sheets))})
         return
+    count = f"{len(missing)} picture{'s' * (len(missing) != 1)}"
     of_sheets = f"; contact sheets: {', '.join(map(str, sheets))}" if sheets else ""
-    say(f"{wish.folder}: drew {len(missing)} pictures, {len(wanted) - len(missing)} were there{of_sheets}")
+    say(f"{wish.folder}: drew {count}, {len(wanted) - len(missing)} were there{of_sheets}")
 
 
 def _ready(config: Config, wish: Wish) -> _Ready:
