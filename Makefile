@@ -62,6 +62,7 @@ bench-gpu: .venv ## Measure full-size models beside diffusers and peft on an NVI
 torture: .venv ## Kill encode N times (200): nothing acknowledged may be lost; train 2,000 steps; plant every fault
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)
 	STEPS=2000 $(BIN)/python -m pytest -q tests/unit/pipeline/test_long_run.py
+	HIDDEN=1024 $(BIN)/python -m pytest -q tests/unit/stages/test_encode_memory.py
 	$(BIN)/python -m pytest -q tests/score -k planted_fault
 
 clean: ## Remove what the other targets made, .venv included; stores and runs stay

@@ -1,5 +1,6 @@
 """One model at a time: a stage's turn with a model, from loading it to having its memory back."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -51,3 +52,6 @@ def release() -> None:
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps what was freed in pieces below 32 MB until it is asked
+        trim(0)
