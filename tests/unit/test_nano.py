@@ -14,9 +14,13 @@ from scenes import COLOURS, NAMES, SHAPES  # isort: skip
 
 @pytest.fixture(scope="module")
 def base_pictures() -> list[np.ndarray]:
-    """What the base draws of the first captions."""
+    """What the base draws of the first of the fifty captions, in few steps."""
     few = range(bounds.FEW_PROMPTS)
     return Studio(model=MODEL, steps=bounds.FEW_STEPS).draw(captions(len(few)), few)
+
+
+def test_the_base_follows_captions(base_pictures: list[np.ndarray]) -> None:
+    assert scores.score(base_pictures).follows >= bounds.FOLLOWS
 
 
 def test_ink_tells_the_lesson_from_the_base(base_pictures: list[np.ndarray]) -> None:
