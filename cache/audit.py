@@ -160,7 +160,7 @@ def gc(
 def sweep(store: Store, *, now: float, dry_run: bool = False, everywhere: bool = False) -> int:
     """Delete what dead writers left more than a day ago -> how many. Encoding begins with it, too.
 
-    `everywhere`: in a bucket as well, where that is safe only while nobody encodes.
+    `everywhere`: in a bucket as well, where finding it takes a list of all objects.
     """
     old = [left for left in store.nodes.leftovers(everywhere) if now - left.changed > _LEFTOVER_SECONDS]
     if not dry_run:

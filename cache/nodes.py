@@ -90,7 +90,7 @@ class Nodes(Protocol):
         ...
 
     def leftovers(self, everywhere: bool) -> Iterator[Leftover]:
-        """What dead writers left; `everywhere`: also what may be deleted only while nobody encodes."""
+        """What dead writers left; `everywhere`: also what only a list of all objects of a bucket shows."""
         ...
 
 

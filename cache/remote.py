@@ -1,8 +1,12 @@
 """A store in a bucket (s3://, gs://, az://): the same nodes under the same names, read through copies on this machine.
 
 Object stores have no rename, but a PUT is atomic and can be told to create only. So the chunk is put first and
-zarr.json last, and an entry exists when its zarr.json does. Whoever finds a chunk there already describes that one:
-the first chunk wins, and no zarr.json ever speaks of another chunk than the one beside it.
+zarr.json last, and an entry exists when its zarr.json does. Whoever finds a chunk there already describes that one.
+
+Nothing is locked, so `gc` may delete a chunk that a writer is about to describe. Both look again when they are done:
+the writer for the chunk after it has put zarr.json, `gc` for a zarr.json (or a set) after it has deleted the chunk.
+Whichever came second sees the other and puts the chunk back. This needs a store in which a reader sees at once what
+was written, as S3, Google's and Azure's are.
 
 What is read is kept in an ordinary store in the user's cache folder; it may be deleted at any time.
 """
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az")
 
+_TURNS = 20  # more than enough: each is lost only to somebody who writes or deletes the same entry at that moment
 _RETRIES = 5  # the client's own, with growing pauses: about half a minute until a dead network is reported
 
 
@@ -94,20 +99,54 @@ class Bucket:
 
     def publish(self, kind: str, key: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """Put a node, chunk first, zarr.json last -> the node that is there now; whoever was first wins."""
-        place, node = f"{kind}/{key}", dict(files)
-        chunk = encoding.chunk_name(kind)
-        if not self.create(f"{place}/{chunk}", node[chunk]):
-            theirs = self.get(f"{place}/{chunk}")
-            try:
-                node = encoding.adopt(kind, node, theirs)
-            except Damage as damage:
-                raise StoreError(
-                    f"{self.name}/{place}/{chunk} is not an entry's chunk ({damage}). Delete this object, then run "
-                    "the command again."
-                ) from damage
-        if not self.create(f"{place}/zarr.json", node["zarr.json"]):
-            node["zarr.json"] = self.get(f"{place}/zarr.json")
-        return node
+        chunk, zarr_json = (f"{kind}/{key}/{name}" for name in encoding.file_names(kind))
+        data, told = (files[name] for name in encoding.file_names(kind))
+        alone = self.create(chunk, data) and self.create(zarr_json, told)
+        if alone and self._is_there(chunk, len(data)):
+            return dict(files)
+        return self._settle(kind, key, dict(files))
+
+    def sweep(self, kind: str, key: str) -> None:
+        """Delete a chunk whose writer never came to the zarr.json, unless that comes just now."""
+        chunk, zarr_json = (f"{kind}/{key}/{name}" for name in encoding.file_names(kind))
+        with suppress(FileNotFoundError):
+            data = self.get(chunk)
+            if not self.has(zarr_json):
+                self.delete(chunk)
+                if self.has(zarr_json):
+                    self.create(chunk, data)
+
+    def _settle(self, kind: str, key: str, node: dict[str, bytes]) -> dict[str, bytes]:
+        """Publish beside others who write or delete the same node -> the node that is there now."""
+        name = encoding.chunk_name(kind)
+        chunk, zarr_json = f"{kind}/{key}/{name}", f"{kind}/{key}/zarr.json"
+        for _ in range(_TURNS):
+            self.create(chunk, node[name])
+            with suppress(FileNotFoundError):  # deleted meanwhile: from the beginning
+                node = self._adopt(kind, key, node, self.get(chunk))
+                self.create(zarr_json, node["zarr.json"])
+                told = self.get(zarr_json)
+                right = self._adopt(kind, key, {**node, "zarr.json": told}, node[name])["zarr.json"]
+                if told != right:  # it speaks of a chunk that was deleted while it was put
+                    self.replace(zarr_json, right)
+                elif self._is_there(chunk, len(node[name])):
+                    return {**node, "zarr.json": told}
+        raise OSError(errno.EBUSY, "others keep writing and deleting it", f"{self.name}/{kind}/{key}")
+
+    def _adopt(self, kind: str, key: str, node: Mapping[str, bytes], chunk: bytes) -> dict[str, bytes]:
+        try:
+            return encoding.adopt(kind, node, chunk)
+        except Damage as damage:
+            raise StoreError(
+                f"{self.name}/{kind}/{key}/{encoding.chunk_name(kind)} is not an entry's chunk ({damage}). Delete this "
+                "object, then run the command again."
+            ) from damage
+
+    def _is_there(self, path: str, size: int) -> bool:
+        try:
+            return self.size(path) == size
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def _answers(self, path: str) -> Iterator[None]:
@@ -201,7 +240,7 @@ class Remote:
         for name in names:
             with suppress(FileNotFoundError):
                 durable.write_and_sync(aside / name, self.bucket.get(f"{kind}/{key}/{name}"))
-        for name in reversed(names):
+        for name in (*reversed(names), "zarr.json"):  # twice: a writer may have put it anew, beside the old chunk
             self.bucket.delete(f"{kind}/{key}/{name}")
         self.forget(kind, key)
         return aside
@@ -211,7 +250,7 @@ class Remote:
         node = {path.name: path.read_bytes() for path in aside.iterdir()}
         if kind == "sets":
             self.bucket.create(f"{kind}/{key}/zarr.json", node["zarr.json"])
-        else:
+        elif set(node) == set(encoding.file_names(kind)):  # else it was damaged, or another `gc` has all of it
             self.bucket.publish(kind, key, node)
         durable.remove_folder(aside)
 
@@ -221,8 +260,9 @@ class Remote:
         for kind in encoding.DIMENSIONS if everywhere else ():
             found = {path: changed for path, changed in self.bucket.list(kind) if path.count("/") == 2}
             for path, changed in found.items():
-                if f"{path.rsplit('/', 1)[0]}/zarr.json" not in found:
-                    yield Leftover(changed, lambda path=path: self.bucket.delete(path))
+                key, name = path.split("/")[1:]
+                if name == encoding.chunk_name(kind) and f"{kind}/{key}/zarr.json" not in found:
+                    yield Leftover(changed, lambda kind=kind, key=key: self.bucket.sweep(kind, key))
 
     def _keep(self, kind: str, key: str, node: Mapping[str, bytes]) -> None:
         with suppress(OSError):  # a full disk here costs only the copy

@@ -97,7 +97,7 @@ def verify(where: Where, quick: bool, repair: bool, as_json: bool) -> None:
 def gc(where: Where, dry_run: bool, keep: int | None, drop: tuple[str, ...], as_json: bool) -> None:
     """Delete the entries that no set names, and what dead writers left.
 
-    Safe while others encode, except in a bucket: there nobody may encode meanwhile.
+    Safe while others encode, in a bucket too.
     """
     from flux2_relay.pipeline import cache_commands
 

@@ -174,16 +174,24 @@ def test_what_is_damaged_does_not_travel(store, tmp_path):
     assert (away.keys("text"), away.keys("latents")) == (set(), {latents})
 
 
-def test_what_arrives_otherwise_is_an_error(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[:-1], "is not an entry's chunk"),
+        (lambda data: data[:-1] + b"x", "did not arrive as it was sent"),
+    ],
+    ids=["shorter", "another byte"],
+)
+def test_what_arrives_otherwise_is_an_error(store, tmp_path, monkeypatch, spoil, message):
     home = cache.open(tmp_path / "home.zarr", "a")
     _fill(home)
     create = remote.Bucket.create
 
     def lossy(self, path, data):
-        return create(self, path, data[:-1] if "/c.0" in path else data)
+        return create(self, path, spoil(data) if "/c.0" in path else data)
 
     monkeypatch.setattr(remote.Bucket, "create", lossy)
-    with pytest.raises(RelayError, match="did not arrive as it was sent"):
+    with pytest.raises(RelayError, match=message):
         transfer.copy(home, store)
 
 
@@ -227,7 +235,7 @@ def test_gc_and_stats(store):
     assert (found.kinds["text"].entries, found.orphans.entries) == (2, 1)
     lone = f"text/{key_of({**KEY, 'i': 2})}/c.0.0"
     store.nodes.bucket.create(lone, b"x")
-    assert sweep(store, now=time.time() + 1e6) == 0  # a chunk may be somebody's first half
+    assert sweep(store, now=time.time() + 1e6) == 0  # it does not list the bucket
     collected = gc(store, now=time.time() + 1e6)
     assert (collected.entries["text"], collected.leftovers, collected.put_back) == ((orphan,), 1, 0)
     assert (store.keys("text"), store.keys("latents")) == ({text}, {latents})
