@@ -15,6 +15,9 @@ adapter_cli.py the command line of export and merge
 export.py      `relay export`: an adapter for another program
 merge.py       `relay merge`: base and adapters as a folder of diffusers
 card.py        what the adapter of a run says of itself
+sampling*.py   `relay sample`: pictures with or without adapters, its command line, and what each picture is
+wish.py        what it is asked for
+apart.py       work in a process of its own
 check.py       `relay check`: the acceptance test
 labels.py      labels and wrapped sentences on a terminal
 place.py       which store such a command is about

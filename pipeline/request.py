@@ -21,6 +21,8 @@ from flux2_relay.stages.encode.companions import ALPHA
 from flux2_relay.stages.encode.dataset import DataOptions, Sample, read_samples
 from flux2_relay.stages.train.options import PromptOptions
 
+SAMPLES = "sample"
+"""What the request of a set has that `relay sample` made; no training asks for one."""
 _LOOKED_AT = 8  # pictures compared with a set that was encoded from other folders
 
 
@@ -71,7 +73,8 @@ def find_set(store: Store, config: Config) -> SetRecord:
     One that was encoded from these very folders goes before one from folders of the same names, and that only counts
     if it does not contradict the pictures here, as far as they are here.
     """
-    request, paths, records = set_request(config), data_paths(config), store.sets()
+    request, paths = set_request(config), data_paths(config)
+    records = [record for record in store.sets() if SAMPLES not in record.body.get("request", {})]
     same = [record for record in records if record.body.get("request") == request]
     others = [record for record in same if record.made.get("paths") != paths]
     for record in same:

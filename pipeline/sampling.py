@@ -18,7 +18,7 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline import apart, commands
 from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.config import Config
-from flux2_relay.pipeline.request import set_request
+from flux2_relay.pipeline.request import SAMPLES, set_request
 from flux2_relay.pipeline.run_folder import say
 from flux2_relay.pipeline.sampling_pictures import Model, Picture, Scene, pictures
 from flux2_relay.pipeline.wish import Wish
@@ -101,7 +101,7 @@ def _contexts(config: Config, wish: Wish, places: "ModelFolders", tell: Tell) ->
     size = wish.size_or(config.previews.size)
     shared = set_request(config)
     request = {
-        "sample": {
+        SAMPLES: {
             **{part: shared[part] for part in ("model", "encode", "cache")},
             "prompts": [[prompt, wish.negative or ""] for prompt in wish.prompts],
             "references": [_sha256(path) for path in wish.references],
@@ -131,11 +131,17 @@ def _sha256(path: Path) -> str:
 def _layout(config: Config, wish: Wish, ready: _Ready, store: "Store", body: Body) -> "Layout":
     """How the drawing fits the memory budget; sizes of texts and references are told by the store."""
     from flux2_relay.stages.train import forward_layout
+    from flux2_relay.stages.train.transformer import stock_of
 
     text = int(store.header("text", body["shared"]["empty"]).attributes["key"]["max_length"])
     references = sum(prod(store.header("latents", key).shape[:2]) for key in body["prompts"][0]["references"])
     rows = text + prod(wish.size_or(config.previews.size)) // 256 + references
-    load = forward_layout.DrawingLoad(rows=rows, adapter_bytes=ready.adapter_bytes, dtype=config.train.dtype)
+    load = forward_layout.DrawingLoad(
+        rows=rows,
+        adapter_bytes=ready.adapter_bytes,
+        dtype=config.train.dtype,
+        stored=stock_of(ready.places.transformer, ready.spec),
+    )
     return forward_layout.choose(ready.spec, load, config.memory)
 
 

@@ -27,6 +27,9 @@ trial.py        the same, and a training on trial
 validation.py   the loss on what is held out
 wishes.py       files that ask a run for something
 sample.py       from noise to latents
+mixing.py       several adapter files, each at a strength
+drawing.py      pictures on demand, from the store and adapter files
+forward_layout.py how that fits the memory budget
 previews.py     when, and which
 checkpoint.py   to go on from
 resume.py       whether one can, under another config

@@ -15,20 +15,20 @@ from tqdm import tqdm
 
 from flux2_relay.cache import Store
 from flux2_relay.cache.errors import RelayError
-from flux2_relay.stages import blas, identity, names
+from flux2_relay.stages import blas, identity
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.files import write_tensors
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import forward_layout, mixing
+from flux2_relay.stages.train import base, forward_layout, mixing
 from flux2_relay.stages.train.contexts import Contexts, open_contexts, to_mlx
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import Dtype, MemoryOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.sample import Picture, draw
-from flux2_relay.stages.train.transformer import Transformer, load_transformer, tensor_shapes
+from flux2_relay.stages.train.transformer import Transformer, base_shapes, load_transformer
 
 NUMERICS = 1  # part of every picture's key: raise it when the drawing's own code changes its numbers on purpose
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse
@@ -125,7 +125,8 @@ def _load(job: DrawingJob, places: ModelFolders, spec: TransformerSpec) -> Trans
         residence,
         Path(job.memory.copy).expanduser() if job.memory.copy else None,
     )
-    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {layout.bits} bit)", job.say)
+    weights = layout.stored or f"{layout.bits} bit"
+    say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {weights})", job.say)
     return transformer
 
 
@@ -145,8 +146,7 @@ def _picture(order: Order, contexts: Contexts) -> Picture:
 
 def identity_of(places: ModelFolders, spec: TransformerSpec, say: Callable[[str], None]) -> str:
     """SHA-256 of the transformer's weights and config; hashes what this machine has not hashed before."""
-    tensors = names.open_transformer(places.transformer)
-    tensors.check(tensor_shapes(spec))
+    tensors = base.open_base(places.transformer, base_shapes(spec))
     if not identity.is_cheap(tensors):
         say(f"hashing {in_words(identity.size_of(tensors))} of transformer weights (once on this machine)")
-    return identity.weights_identity(tensors, tensor_shapes(spec), asdict(spec))
+    return identity.weights_identity(tensors, base.tensors_below(tensors, "", base_shapes(spec)), asdict(spec))

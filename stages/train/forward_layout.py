@@ -7,13 +7,14 @@ Letters: R rows of a pass (text and image tokens, references included), D hidden
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import memory
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import layout
+from flux2_relay.stages.train.base import Stock
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import Dtype, MemoryOptions
 
@@ -30,6 +31,7 @@ class DrawingLoad:
     rows: int  # text tokens and those of the picture and its references
     adapter_bytes: int  # A and B of all files, float32
     dtype: Dtype
+    stored: Stock = field(default_factory=dict)  # what the checkpoint has packed already
 
 
 def choose(spec: TransformerSpec, load: DrawingLoad, options: MemoryOptions) -> Layout:
@@ -65,6 +67,7 @@ def predict(spec: TransformerSpec, load: DrawingLoad, bits: int, resident: int) 
         adapter_copies=_COPIES,
         item_bytes=item_bytes,
         fused_attention=True,  # nothing of attention's gradient is needed
+        stored=load.stored,
     )
     found = layout.predict(spec, of_training, bits, resident)
     scores = 0 if memory.is_gpu() else spec.heads * load.rows**2 * item_bytes
@@ -80,4 +83,5 @@ def told(chosen: Layout) -> str:
     """The decisions and the prediction, in one sentence."""
     where = f"{chosen.resident} of {chosen.blocks} blocks resident" if chosen.streamed else "all blocks resident"
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in chosen.parts.items() if size)
-    return f"{chosen.bits} bit, {where}; predicted peak {in_words(chosen.peak_bytes)} ({parts})"
+    weights = chosen.stored or f"{chosen.bits} bit"
+    return f"{weights}, {where}; predicted peak {in_words(chosen.peak_bytes)} ({parts})"
