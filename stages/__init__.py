@@ -15,6 +15,7 @@ weights.py    safetensors in: checked, lazy, mapped by name
 identity.py   what a set of weights is: hashes
 packed.py     models that MLX has quantized before
 quantize.py   a weight matrix as it stands in memory
+kernels.py    the one door to kernels of our own
 context.py    a caption's context, from the rows that are stored
 memory.py     what a stage may take, from the device or the config
 measure.py    what it took

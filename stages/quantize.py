@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
+from flux2_relay.stages import kernels
 from flux2_relay.stages.packed import MICROSCALED
 
 Weight = mx.array | tuple[mx.array, ...]
@@ -52,6 +53,8 @@ def dense(weight: Weight, columns: int, dtype: mx.Dtype) -> mx.array:
         return weight.astype(dtype)
     packed, scales, *biases = weight
     bits, group = 32 * packed.shape[-1] // columns, columns // scales.shape[-1]
+    if biases and scales.dtype == dtype:
+        return kernels.unpack(packed, scales, *biases, group=group, bits=bits)
     mode = "affine" if biases else MICROSCALED[bits, group]
     return mx.dequantize(packed, scales, *biases, group_size=group, bits=bits, mode=mode, dtype=dtype)
 

@@ -58,6 +58,11 @@ def peer(name: str, model: str, pixels: tuple[int, int], checkpointed: bool, exp
 SMALL, LARGE = (512, 512), (1024, 1024)
 
 
+def kernels() -> Iterator[Case]:
+    """Our own kernels against the portable forms; `ratio` is 1 where they are equal."""
+    yield Case(name="kernels", kind="own_kernels", settings={}, goal=Goal(ratio=1.0), expected_seconds=15)
+
+
 def resident() -> Iterator[Case]:
     """All weights in memory, bfloat16, beside the peer."""
     for pixels, side, seconds, gib, lean, expected in (
@@ -92,18 +97,19 @@ def klein() -> Iterator[Case]:
 
 
 def streamed() -> Iterator[Case]:
-    """4 bit read from disk in each step: the least memory, and a layout with half of the blocks resident."""
-    few = {"bits": 4, "keep": 0, "warm_up": 1, "steps": 3}
-    yield step("dev-4bit-streamed-512", "dev", SMALL, Goal(gib=5, ratio=1.3), 80, resident=0, **few)
-    yield step("dev-4bit-streamed-1024", "dev", LARGE, Goal(gib=8.5, ratio=1.3), 70, resident=0, **few)
+    """4 bit read from disk in each step: with one piece in flight, as usual, and with half of the blocks resident."""
+    few = {"bits": 4, "keep": 0, "warm_up": 1, "steps": 2}
+    yield step("dev-4bit-least-512", "dev", SMALL, Goal(gib=5), 70, resident=0, ahead=1, **few)
+    yield step("dev-4bit-least-1024", "dev", LARGE, Goal(gib=8.5), 60, resident=0, ahead=1, **few)
+    yield step("dev-4bit-streamed-512", "dev", SMALL, Goal(ratio=1.3), 50, resident=0, **few)
     yield step("dev-4bit-half-512", "dev", SMALL, Goal(ratio=1.3), 40, resident=28, **few)
 
 
 def budgets() -> Iterator[Case]:
     """What the plan makes of `memory.budget`."""
-    for gib, expected in ((80, 20), (40, 25), (24, 90), (16, 70), (10, 80), (6, 80)):
-        chosen = {"model": "dev", "pixels": SMALL, "budget_gib": gib, "warm_up": 1, "steps": 3}
-        goal, files = Goal(gib=gib), "blocks-dev-8" if gib < 40 else ""
+    for gib, bits, expected in ((80, 16, 20), (40, 8, 25), (6, 4, 60), (24, 8, 80), (16, 8, 50), (10, 8, 60)):
+        chosen = {"model": "dev", "pixels": SMALL, "budget_gib": gib, "warm_up": 1, "steps": 2}
+        goal, files = Goal(gib=gib), f"blocks-dev-{bits}" if gib < 40 else ""
         name = f"dev-budget-{gib}"
         yield Case(name=name, kind="steps", settings=chosen, goal=goal, expected_seconds=expected, files=files)
 
@@ -146,12 +152,15 @@ def variants() -> Iterator[Case]:
     yield step("dev-bf16-512-cached", "dev", SMALL, Goal(), 15, cache_gib=32, **common)
     yield step("klein-4b-bf16-512", "klein-4b", SMALL, Goal(), 12, **common)
     yield step("klein-4b-bf16-512-ahead-8", "klein-4b", SMALL, Goal(), 12, ahead=8, **common)
+    yield step("dev-4bit-512-portable", "dev", SMALL, Goal(), 25, bits=4, keep=0, steps=6, portable=True)
+    yield step("dev-8bit-512-portable", "dev", SMALL, Goal(), 25, bits=8, keep=0, steps=6, portable=True)
+    yield step("dev-4bit-832x1216-portable", "dev", (832, 1216), Goal(), 35, bits=4, keep=0, steps=3, portable=True)
     yield step("dev-4bit-512-kept", "dev", SMALL, Goal(), 18, bits=4, keep=ALL, steps=6)
 
 
 CASES: Mapping[str, Case] = {
     case.name: case
-    for group in (resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants)
+    for group in (kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants)
     for case in group()
 }
 

@@ -18,6 +18,7 @@ from bench.gpu.cases import ALL, GIB
 from bench.gpu.random_weights import RandomTensors, name_as_identity
 
 from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import kernels
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.sizes import TransformerSpec
 from flux2_relay.stages.train import layout, loop, lora, optimizer, packed_copy
@@ -47,7 +48,7 @@ def run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare(settings: Mapping[str, Any]) -> "Bench":
     """The model as the case or the plan wants it, with a fresh adapter."""
-    is_tiny = settings.get("tiny", False)
+    is_tiny, kernels.portable = settings.get("tiny", False), settings.get("portable", False)
     spec = models.transformer_spec(settings["model"], is_tiny)
     task = models.task(spec, settings["pixels"], is_tiny)
     options = LoraOptions(targets=settings.get("targets", "attention"))
@@ -73,8 +74,8 @@ def prepare(settings: Mapping[str, Any]) -> "Bench":
         "bits": decided.bits,
         "rows": task.rows,
     }
-    if "ahead" in settings:
-        transformer.pieces.ahead = settings["ahead"]
+    pieces = settings.get("ahead", getattr(decided, "pieces", None))  # None is the device's usual number
+    transformer.pieces.ahead = transformer.pieces.ahead if pieces is None else pieces
     lora.attach(transformer, options, seed=0)
     found["adapter_parameters"] = sum(value.size for value in lora.parameters(transformer).values())
     return Bench(transformer, task, decided, optimizer.Optimizer(task.options, lora.parameters(transformer)), found)
@@ -93,7 +94,7 @@ def decide(spec: TransformerSpec, load: Load, settings: Mapping[str, Any]) -> La
         budget = int(1.02 * (least + (most - least) * settings["budget_gib"] / 80))
     try:
         return layout.choose(spec, load, MemoryOptions(), budget)
-    except InputError:  # the plan stops at 8 bit by itself
+    except InputError:  # not even 8 bit fits
         return layout.choose(spec, load, MemoryOptions(bits=4), budget)
 
 
