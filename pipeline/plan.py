@@ -175,7 +175,7 @@ def _training(
     if not found:
         return None
     adapter = lora.size(transformer, config.lora)
-    options = LayoutOptions(train=config.train, memory=config.memory)
+    options = LayoutOptions(train=config.train, memory=config.memory, dropout=config.lora.dropout)
     try:
         layout = layout_for(transformer, found, rows, adapter, options, stock_of(places.transformer, transformer))
     except InputError as error:

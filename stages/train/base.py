@@ -84,7 +84,7 @@ def read(tensors: Tensors, prefix: str, shapes: Shapes, bits: int) -> dict[str, 
     values = tensors.read_all(part for parts in wanted.values() for part in parts)
     weights: dict[str, Weight] = {}
     for name, shape in shapes.items():
-        parts, packing = tuple(values[part] for part in wanted[name]), found.get(f"{prefix}{name}")
+        parts, packing = tuple(values.pop(part) for part in wanted[name]), found.get(f"{prefix}{name}")
         if packing is not None and not all(packed.is_finite(part, packing) for part in parts[1:]):
             raise InputError(f"{tensors.source}: {prefix}{name} has scales that are not finite; download it again")
         if packing is not None and packing.bits <= bits:
@@ -92,6 +92,7 @@ def read(tensors: Tensors, prefix: str, shapes: Shapes, bits: int) -> dict[str, 
         elif len(shape) == 2:
             whole = parts[0] if packing is None else quantize.dense(parts, shape[1], mx.float32)
             weights[name] = quantize.pack(whole, bits)
+            mx.eval(weights[name])  # matrix by matrix: what each is packed from is let go of before the next
         else:
             weights[name] = parts[0]
     mx.eval(weights)

@@ -23,12 +23,19 @@ from flux2_relay.stages.train.options import MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import resident_places
 from flux2_relay.stages.train.transformer import block_path, block_shapes, outer_shapes
 
-_TRANSIENT_UNITS = 51
-"""What a block's backward pass holds at its peak beside inputs and kept tensors, in arrays of [R, D]."""
+_ON_CPU, _ON_GPU = ((51, 2.5), (36, 4.2)), ((51, 2.5),)
+"""What a block's backward pass holds beside inputs and kept tensors at the moments when that is most: arrays of
+[R, D], and dense copies of the largest matrix where weights are kept in another form than they are used."""
 _ATTENTION_UNITS, _SCORES = 35, 4
 """Where attention is not fused: units beside the scores, and arrays as large as the scores of a chunk."""
-_DENSE_MATRICES = 2.5
-"""Dense copies of the largest matrix at once, where weights are kept in another form than they are used."""
+_AHEAD = 1
+"""Blocks being read while another is worked on."""
+_PACKING_BYTES = 2
+"""A weight of a matrix that is packed while its block is read, as the file has it."""
+_MASK_BYTES = 5
+"""An element of an adapter's input under dropout: random bits and the mask made of them."""
+_FEWER_PIECES = {True: {3: (0, 0.0), 2: (1, 1.0), 1: (2, 1.6)}, False: {1: (0, 0.0), 0: (7, 1.0)}}
+"""On a GPU and not: pieces under way, the most first -> arrays and dense copies that this saves."""
 _OPTIMIZER_COPIES = 3
 """Adapter-sized arrays that an update makes beside those that stay."""
 
@@ -44,6 +51,7 @@ class Load:
     item_bytes: int  # of the compute type
     fused_attention: bool  # whether the backend has a kernel for attention's gradient
     stored: Stock = field(default_factory=dict)  # what the checkpoint has packed already
+    dropout: bool = False  # whether adapters leave out part of their input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +60,7 @@ class LayoutOptions:
 
     train: TrainOptions
     memory: MemoryOptions
+    dropout: float = 0.0  # `lora.dropout`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +77,7 @@ class Layout:
     parts: Mapping[str, int]
     """Bytes by what they are for."""
     stored: str = ""  # how the checkpoint has packed most matrices, where they stay so
+    pieces: int | None = None  # of blocks under way at once; None is the device's usual number
 
     @property
     def peak_bytes(self) -> int:
@@ -83,6 +93,7 @@ class Layout:
         """The decisions and the prediction, in one sentence."""
         where = f"{self.resident} of {self.blocks} blocks resident" if self.streamed else "all blocks resident"
         chunks = f", attention {self.heads} heads at a time" if self.heads else ""
+        chunks += f", {self.pieces} piece{'' if self.pieces == 1 else 's'} in flight" if self.pieces is not None else ""
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in self.parts.items() if size)
         return (
             f"{self.stored or f'{self.bits} bit'}, {where}, {self.keep} blocks keep their projections{chunks}; "
@@ -100,11 +111,15 @@ def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[
 def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_bytes: int) -> Layout:
     """The fastest layout whose predicted peak stays under the budget.
 
-    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit; then what is left goes
-    to kept projections. Explicit settings are obeyed. InputError says the smallest budget that works.
+    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit, each with fewer pieces
+    in flight where that is what it takes; then what is left goes to kept projections. Explicit settings are obeyed.
+    InputError says the smallest budget that works.
     """
     tried = [
-        predict(spec, load, bits, resident) for bits in _bits(options, load) for resident in _residents(spec, options)
+        predict(spec, load, bits, resident, pieces=pieces)
+        for bits in _bits(options, load)
+        for resident in _residents(spec, options)
+        for pieces in _FEWER_PIECES[memory.is_gpu()]
     ]
     fitting = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
     if fitting is None:
@@ -137,44 +152,68 @@ def layout_for(
         item_bytes=4 if options.train.dtype == "float32" else 2,
         fused_attention=has_fused_attention(rows),
         stored=stored or {},
+        dropout=options.dropout > 0,
     )
     return choose(spec, load, options.memory, memory.budget_bytes(options.memory.budget))
 
 
-def predict(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: int = 0, ahead: int = 1) -> Layout:
+def predict(
+    spec: TransformerSpec,
+    load: Load,
+    bits: int,
+    resident: int,
+    keep: int = 0,
+    pieces: int | None = None,
+) -> Layout:
     """The layout of these decisions with its predicted peak."""
     unit = load.batch * load.rows * spec.hidden * load.item_bytes
     heads = 0 if load.fused_attention else max(1, min(spec.heads, 4 * spec.hidden // load.rows))
-    streamed = resident < spec.blocks
     sizes = [block_bytes(spec, place, bits, load.stored) for place in range(spec.blocks)]
     weights = base.held_bytes(outer_shapes(spec), bits, load.stored)
     weights += sum(sizes[place] for place in resident_places(spec.blocks, resident))
-    scores = load.batch * (heads or spec.heads) * load.rows**2 * load.item_bytes
-    transient = _TRANSIENT_UNITS * unit
-    if not load.fused_attention:
-        transient = max(transient, _ATTENTION_UNITS * unit + _SCORES * scores)
+    work, dense = _work_bytes(spec, load, bits, heads or spec.heads, pieces)
     parts = {
         "weights": weights,
         # The most is held in the first single block: itself and, being read, double ones. On a GPU pieces under way
         # may still need the block before.
-        "blocks on their way": (sizes[-1] * (2 if memory.is_gpu() else 1) + ahead * max(sizes)) if streamed else 0,
-        "dense copies": _dense_bytes(spec, load, bits),
+        "blocks on their way": 0
+        if resident == spec.blocks
+        else sizes[-1] * (2 if memory.is_gpu() else 1) + _AHEAD * (max(sizes) + _packing_bytes(spec, load, bits)),
+        "dense copies": dense,
         "adapter, gradients, moments": load.adapter_copies * load.adapter_bytes,
         "block inputs": spec.blocks * unit,
         "kept projections": sum(kept_bytes(spec, load, place) for place in range(spec.blocks - keep, spec.blocks)),
-        "one block's work": max(transient, _OPTIMIZER_COPIES * load.adapter_bytes - spec.blocks * unit),
+        "one block's work": max(work, _OPTIMIZER_COPIES * load.adapter_bytes - spec.blocks * unit),
     }
     return Layout(
         bits=bits,  # pyright: ignore[reportArgumentType] - one of the options' values
         rows=load.rows,
         resident=resident,
         blocks=spec.blocks,
-        ahead=ahead,
+        ahead=_AHEAD,
         keep=keep,
         heads=0 if heads == spec.heads else heads,
         parts=parts,
         stored=base.summary(load.stored, bits),
+        pieces=pieces,
     )
+
+
+def _work_bytes(spec: TransformerSpec, load: Load, bits: int, heads: int, pieces: int | None) -> tuple[int, int]:
+    """What a block's backward pass holds at its peak, `heads` at a time: arrays, and dense copies of matrices."""
+    is_gpu, rows = memory.is_gpu(), load.batch * load.rows
+    unit, scores = rows * spec.hidden * load.item_bytes, heads * rows * load.rows * load.item_bytes
+    masks = _MASK_BYTES * rows * (spec.hidden + spec.mlp_width) if load.dropout else 0  # of the widest linear
+    matrix = _largest_matrix(spec) * load.item_bytes if _is_made_dense(load, bits) else 0
+    fewer_units, fewer_matrices = _FEWER_PIECES[is_gpu].get(pieces, (0, 0.0)) if pieces is not None else (0, 0.0)
+    found = [
+        ((units - fewer_units) * unit + masks, int((matrices - fewer_matrices) * matrix))
+        for units, matrices in (_ON_GPU if is_gpu else _ON_CPU)
+    ]
+    if not load.fused_attention:
+        usual, dense = found[0]
+        found[0] = max(usual, (_ATTENTION_UNITS - fewer_units) * unit + _SCORES * scores), dense
+    return max(found, key=sum)
 
 
 def block_bytes(spec: TransformerSpec, place: int, bits: int, stored: Stock | None = None) -> int:
@@ -206,12 +245,19 @@ def _residents(spec: TransformerSpec, options: MemoryOptions) -> list[int]:
     return [spec.blocks] if options.stream == "never" else list(reversed(range(spec.blocks + 1)))
 
 
-def _dense_bytes(spec: TransformerSpec, load: Load, bits: int) -> int:
+def _is_made_dense(load: Load, bits: int) -> bool:
+    """Whether weights are used in another form than they are kept in."""
     own = 4 if bits == 32 else 2
-    if bits not in QUANTIZED_BITS and own == load.item_bytes and not load.stored:
-        return 0
-    largest = spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
-    return int(_DENSE_MATRICES * largest * load.item_bytes)
+    return bits in QUANTIZED_BITS or own != load.item_bytes or bool(load.stored)
+
+
+def _packing_bytes(spec: TransformerSpec, load: Load, bits: int) -> int:
+    """What is held besides the packed block while it is read: blocks are packed matrix by matrix."""
+    return _PACKING_BYTES * _largest_matrix(spec) if bits in QUANTIZED_BITS and not load.stored else 0
+
+
+def _largest_matrix(spec: TransformerSpec) -> int:
+    return spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
 
 
 def _with_kept(spec: TransformerSpec, load: Load, layout: Layout, budget_bytes: int) -> Layout:

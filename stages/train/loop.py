@@ -55,7 +55,7 @@ def layout_of(job: Job, spec: TransformerSpec, stored: base.Stock | None = None)
     """How the training fits the memory budget; InputError says the smallest that works."""
     adapter = lora.size(spec, job.lora)
     rows = open_contexts(job.store, job.record.body, spec.context_width).length
-    options = LayoutOptions(train=job.train, memory=job.memory)
+    options = LayoutOptions(train=job.train, memory=job.memory, dropout=job.lora.dropout)
     return layout_for(spec, list(items(job.record.body)), rows, adapter, options, stored)
 
 
@@ -74,6 +74,8 @@ def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout,
         if copy is not None and layout.bits in QUANTIZED_BITS:
             journal.say(f"quantized blocks are kept in {copy} ({in_words(kept_bytes(copy))})")
     transformer.keep, transformer.attention_heads = layout.keep, layout.heads
+    if layout.pieces is not None:
+        transformer.pieces.ahead = layout.pieces
     weights = layout.stored or f"{layout.bits} bit"
     say_loaded(f"transformer ({spec.double_blocks} + {spec.single_blocks} blocks, {weights})", journal.say)
     return transformer

@@ -1,5 +1,8 @@
 """The plan of training's memory against what MLX counts, and the decisions that follow from a budget."""
 
+from collections.abc import Mapping
+from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -46,25 +49,38 @@ def load_of(spec: TransformerSpec) -> Load:
     )
 
 
+class Prompt(Streamed):
+    """Reads that are done before the block in front of them is worked on: the most that is ever held."""
+
+    def weights(self, place: int) -> Mapping[str, quantize.Weight]:
+        found = super().weights(place)
+        wait([future for _, future in self._coming])
+        return found
+
+
 def random_model(spec: TransformerSpec, plan: Layout) -> Transformer:
     def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, quantize.Weight]:
         made: dict[str, quantize.Weight] = {}
         for name, shape in shapes.items():
             value = mx.random.normal(shape) * shape[-1] ** -0.5 if len(shape) == 2 else mx.ones(shape)
             made[name] = quantize.pack(value, plan.bits) if len(shape) == 2 else value
+            if plan.bits == 8:
+                mx.eval(made[name])  # matrix by matrix, as `base.read` does it
         mx.eval(made)
         return made
 
     def read(place: int) -> dict[str, quantize.Weight]:
         return tensors(block_shapes(spec, place))
 
-    residence = partial(Streamed, resident=plan.resident, ahead=plan.ahead) if plan.streamed else Resident
+    residence = partial(Prompt, resident=plan.resident, ahead=plan.ahead) if plan.streamed else Resident
     model = Transformer(spec, mx.float32, tensors(outer_shapes(spec)), residence(spec.blocks, read))
     model.keep, model.attention_heads = plan.keep, plan.heads
+    if plan.pieces is not None:
+        model.pieces.ahead = plan.pieces
     return model
 
 
-def measured(spec: TransformerSpec, plan: Layout) -> int:
+def measured(spec: TransformerSpec, plan: Layout, dropout: float = 0.0) -> int:
     """Peak of live arrays over two steps, from an empty memory."""
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -81,7 +97,8 @@ def measured(spec: TransformerSpec, plan: Layout) -> int:
     mx.eval(batch.latents, batch.context)
     mx.reset_peak_memory()
     for step in range(2):
-        loss, gradients = loss_and_gradients(model, batch, mx.array([0.5]), mx.random.normal((1, rows, 128)), None)
+        dropping = lora.with_dropout(model, dropout, 0, step, [0])
+        loss, gradients = loss_and_gradients(dropping, batch, mx.array([0.5]), mx.random.normal((1, rows, 128)), None)
         mx.eval(loss, gradients)
         gradients, _ = optimizer.clip(gradients, 1.0)
         lora.load(model, update.update(lora.parameters(model), gradients, step))
@@ -130,3 +147,46 @@ def test_kept_projections_take_what_is_left() -> None:
     one = layout.kept_bytes(spec, load, spec.blocks - 1)
     keeps = [layout.choose(spec, load, MemoryOptions(bits=32), base + room).keep for room in (0, one - 1, one, 2 * one)]
     assert keeps == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("pieces", [1, 0])
+@pytest.mark.parametrize("name", ["256 wide", "384 wide"])
+def test_quantized_weights_made_dense_are_planned_for(name: str, pieces: int) -> None:
+    spec = SPECS[name]
+    plan = layout.predict(spec, load_of(spec), 8, spec.blocks, pieces=pieces)
+    assert measured(spec, plan) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
+
+
+def test_fewer_pieces_in_flight_take_less_and_are_chosen_where_the_budget_asks_for_it() -> None:
+    spec = SPECS["512 wide"]
+    load = load_of(spec)
+    usual, fewer = (layout.predict(spec, load, 32, spec.blocks, pieces=pieces) for pieces in (1, 0))
+    assert fewer.peak_bytes < usual.peak_bytes
+    options = MemoryOptions(bits=32, stream="never")
+    roomy, tight = (layout.choose(spec, load, options, budget) for budget in (10**12, usual.peak_bytes - 1))
+    assert (roomy.pieces, tight.pieces) == (1, 0)
+    assert "1 piece in flight" in roomy.in_words()
+    assert "0 pieces in flight" in tight.in_words()
+    assert measured(spec, tight) == pytest.approx(tight.peak_bytes, rel=0.1)
+
+
+def test_on_a_gpu_each_piece_less_is_a_dense_matrix_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout.memory, "is_gpu", lambda: True)
+    spec = SPECS["512 wide"]
+    load = replace(load_of(spec), item_bytes=2, fused_attention=True)
+    plans = [layout.predict(spec, load, 8, spec.blocks, pieces=pieces) for pieces in (3, 2, 1)]
+    peaks = [plan.peak_bytes for plan in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    chosen = [layout.choose(spec, load, MemoryOptions(bits=8, stream="never"), peak) for peak in peaks]
+    assert [plan.pieces for plan in chosen] == [3, 2, 1]
+    matrix = 2 * spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
+    assert plans[0].parts["dense copies"] - plans[1].parts["dense copies"] == pytest.approx(matrix, abs=1)
+
+
+def test_masks_of_dropout_are_planned_for() -> None:
+    spec = SPECS["512 wide"]
+    without = layout.predict(spec, load_of(spec), 32, spec.blocks)
+    plan = layout.predict(spec, replace(load_of(spec), dropout=True), 32, spec.blocks)
+    rows = TEXT + SIDE * SIDE
+    assert plan.peak_bytes - without.peak_bytes == 5 * rows * (spec.hidden + spec.mlp_width)
+    assert measured(spec, plan, dropout=0.3) == pytest.approx(plan.peak_bytes, rel=0.1)
