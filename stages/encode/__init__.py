@@ -2,6 +2,7 @@
 
 dataset.py          what the user gives: folders, listings
 captions.py         where captions stand and how they are cleaned
+sidecars.py         captions beside pictures
 companions.py       masks and references that go with a picture, by their names
 images.py           from a file to pixels, and where they are cut
 masks.py            the same for masks

@@ -4,7 +4,9 @@ A caption that leaves here is exactly what the text encoder's template gets, and
 Nothing is normalised beyond what is written here: composed and decomposed letters are different tokens.
 """
 
+import csv
 import difflib
+import io
 import json
 import os
 import re
@@ -18,9 +20,9 @@ from flux2_relay.cache.errors import InputError
 
 Mode = Literal["whole", "lines"]
 PLACEHOLDER = "[trigger]"
-METADATA, CAPTIONS = "metadata.jsonl", "captions.json"
-_CONTROL_KEY = re.compile(r"control_path(?:_(\d+))?")
-_NAME_KEYS, _TEXT_KEYS = ("file_name", "image_path"), ("text", "caption", "prompt")
+METADATA, TABLE, CAPTIONS = "metadata.jsonl", "metadata.csv", "captions.json"
+_CONTROL_KEY = re.compile(r"(?:control_path|edit_image)(?:_(\d+))?")
+_NAME_KEYS, _TEXT_KEYS = ("file_name", "image_path", "image"), ("text", "caption", "prompt")
 
 
 def clean(text: str, mode: Mode, trigger: str | None) -> tuple[str, ...]:
@@ -74,6 +76,17 @@ class Listing:
             if line.strip():
                 self._row(_json(line), path.parent, f"{path}:{number}")
 
+    def read_table(self, path: Path) -> None:
+        """Take in a CSV file whose first line names the columns as the keys of a JSON object would be."""
+        rows = csv.DictReader(io.StringIO(self._content(path), newline=""), strict=True)
+        try:
+            for row in rows:
+                cells = ((key, value) for key, value in row.items() if isinstance(key, str) and value is not None)
+                values = {key: value for key, value in cells if value or not _CONTROL_KEY.fullmatch(key)}
+                self._row(values, path.parent, f"{path}:{rows.line_num}")
+        except csv.Error as error:
+            self.faults.append(f"{path}:{rows.line_num}: cannot be read as CSV ({error})")
+
     def read_captions(self, path: Path) -> None:
         """Take in a captions.json: file name -> one text, or a list of them."""
         content = self._content(path)
@@ -104,11 +117,11 @@ class Listing:
             self._add_references(name, row, folder, where)
 
     def _add_references(self, name: str, row: Mapping[str, object], folder: Path, where: str) -> None:
-        """Note `control_path`, or `control_path_0` and so on in the order of their numbers."""
+        """Note `control_path` or `edit_image`, or those with `_0` and so on in the order of their numbers."""
         numbers = {int(found[1] or -1): key for key in row if (found := _CONTROL_KEY.fullmatch(key))}
         image, found = _below(folder / name, self.root), []
-        for key in (numbers[n] for n in sorted(numbers)):
-            value = row[key]
+        told = [(key, row[key]) for _, key in sorted(numbers.items())]
+        for key, value in ((key, one) for key, many in told for one in (many if isinstance(many, list) else [many])):
             path = _below(folder / value, self.root) if isinstance(value, str) and is_unicode(value) else None
             if path is None:
                 self.faults.append(f"{where}: {key} must be the path of an image inside {self.root}, found {value!r}")

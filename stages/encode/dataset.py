@@ -14,14 +14,15 @@ from flux2_relay.stages.encode.captions import (
     CAPTIONS,
     METADATA,
     PLACEHOLDER,
+    TABLE,
     Listing,
     clean,
     composed,
     disagreement,
     is_unicode,
-    read_text,
 )
 from flux2_relay.stages.encode.companions import ALPHA, IMAGE_TYPES, Companions, is_image, labels, walk
+from flux2_relay.stages.encode.sidecars import edit_pairs, has_text, texts_beside
 
 _OTHER_TYPES = (
     ".heic",
@@ -40,7 +41,7 @@ class DataOptions:
     """One folder (or .jsonl list) of pictures and captions, and how they are used."""
 
     path: str
-    """A folder with images and .txt files, metadata.jsonl or captions.json; or a .jsonl file of its own."""
+    """A folder with images and .txt files, metadata.jsonl or .csv, captions.json; or a .jsonl or .csv file."""
 
     captions: Literal["whole", "lines"] = "whole"
     """`whole`: a text is one caption, line breaks included; `lines`: a caption a line, one drawn a time."""
@@ -135,12 +136,13 @@ class _Folder:
         self.path = Path(options.path).expanduser()
         self.faults: list[str] = []
         self.companions = Companions(key, options.masks, options.references)
+        self.pairs: dict[str, str] = {}
 
     def read(self) -> Iterator[Sample]:
         """Each image with its captions, its mask and its references."""
-        if self.path.suffix.lower() == ".jsonl" and self.path.is_file():
+        if self.path.suffix.lower() in (".jsonl", ".csv") and self.path.is_file():
             listing = Listing(self.path.parent)
-            listing.read_jsonl(self.path)
+            (listing.read_table if self.path.suffix.lower() == ".csv" else listing.read_jsonl)(self.path)
             files = {name: listing.root / name for name in sorted(listing.texts)}
             images = {name: file for name, file in files.items() if is_image(file) and file.is_file()}
         elif self.path.is_dir():
@@ -149,7 +151,7 @@ class _Folder:
             images = self.pictures(files, listing)
             self.note_types(files)
         else:
-            what = "is neither a folder nor a .jsonl file" if self.path.exists() else "does not exist"
+            what = "is neither a folder nor a .jsonl or .csv file" if self.path.exists() else "does not exist"
             self.faults.append(f"{self.key}.path: {self.path} {what}; correct the path")
             return
         self.faults += listing.faults
@@ -165,7 +167,8 @@ class _Folder:
         masks = labels(images)
         if masks and self.options.masks in (None, ALPHA):
             self.faults.append(f"{self.key}.masks: name the folder of these masks here:{_lines(sorted(masks))}")
-        others = masks | {name for names in listing.references.values() for name in names}
+        self.pairs = edit_pairs(images, listing.texts)
+        others = masks | {*self.pairs.values()} | {name for names in listing.references.values() for name in names}
         return {name: file for name, file in images.items() if name not in others}
 
     def walk(self, listing: Listing) -> dict[str, Path]:
@@ -179,6 +182,8 @@ class _Folder:
         for file in files.values():
             if file.name == METADATA:
                 listing.read_jsonl(file)
+            elif file.name == TABLE:
+                listing.read_table(file)
             elif file.name == CAPTIONS:
                 listing.read_captions(file)
         return dict(sorted(files.items()))
@@ -186,7 +191,7 @@ class _Folder:
     def note_types(self, files: dict[str, Path]) -> None:
         """Pictures of a type that is not read, where a caption shows that they are meant to be."""
         for name, file in files.items():
-            if file.suffix.lower() in _OTHER_TYPES and _caption_file(file):
+            if file.suffix.lower() in _OTHER_TYPES and has_text(file):
                 self.faults.append(f"{self.path}: {name} is of a type that is not read; convert it to PNG")
 
     def samples(self, images: dict[str, Path], listing: Listing) -> Iterator[Sample]:
@@ -202,7 +207,8 @@ class _Folder:
             elif self.options.trigger is None and any(PLACEHOLDER in caption for caption in captions):
                 unfilled.append(name)
             elif captions:
-                listed = [listing.root / reference for reference in listing.references.get(name, ())]
+                pair = [self.pairs[name]] if name in self.pairs else []
+                listed = [listing.root / reference for reference in listing.references.get(name, pair)]
                 yield Sample(
                     id=name,
                     image=file,
@@ -223,10 +229,10 @@ class _Folder:
     def captions_of(self, name: str, file: Path, listing: Listing) -> tuple[str, ...] | None:
         """An image's captions; none at all is None, and () stands for a fault that has been noted."""
         said = {where: self.cleaned(texts) for where, texts in listing.texts.get(name, ())}
-        beside = _caption_file(file) if self.path.is_dir() else None
-        if beside:
+        if self.path.is_dir():
+            of = self.path / self.pairs[name] if name in self.pairs else file
             try:
-                said[str(beside)] = self.cleaned([read_text(beside)])
+                said |= {where: self.cleaned(texts) for where, texts in texts_beside(of, self.options.captions).items()}
             except InputError as error:
                 self.faults.append(str(error))
                 return ()
@@ -250,12 +256,6 @@ class _Folder:
             f"(an empty file trains it without words), list it in {METADATA} or {CAPTIONS}, or take it out; "
             f"without a caption:{_lines(names)}"
         )
-
-
-def _caption_file(image: Path) -> Path | None:
-    """The text file beside an image, if there is one."""
-    beside = (image.with_suffix(suffix) for suffix in (".txt", ".TXT"))
-    return next((path for path in beside if path.is_file()), None)
 
 
 def _count(names: Sequence[str], what: str) -> str:

@@ -12,12 +12,24 @@ _EXAMPLES = 5
 
 
 def notes(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
-    """Sentences about a data set: special tokens in captions, pictures without a mask among those that have one."""
+    """Sentences about a data set: special tokens in captions, missing masks, folders named for repeats."""
     yield from _special_tokens(samples, tokenizer)
+    yield from _repeats(samples)
     asked = Counter(sample.options.path for sample in samples if sample.options.masks not in (None, ALPHA))
     without = Counter(s.options.path for s in samples if s.options.masks not in (None, ALPHA) and s.mask is None)
     for path, count in without.items():
         yield f"{path}: {count} of {asked[path]} pictures have no mask; all of such a picture is trained on"
+
+
+def _repeats(samples: Sequence[Sample]) -> Iterator[str]:
+    """Folders that kohya's tools would read as "10 times, a fox": here the config alone says how often."""
+    found = {}
+    for sample in samples:
+        folder = sample.image.parent
+        if sample.options.repeats == 1 and (number := re.match(r"(\d+)_", folder.name)) and int(number[1]) > 1:
+            found[folder] = number[1]
+    for folder, number in found.items():
+        yield f"{folder}: its name does not repeat it {number} times; if it should be, name it in `data` with `repeats`"
 
 
 def _special_tokens(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:

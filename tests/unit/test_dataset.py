@@ -280,8 +280,8 @@ def test_an_image_of_a_jsonl_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_jsonl_and_a_dead_link_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"a.csv": ""})
-    assert "is neither a folder nor a .jsonl file" in refusal(tmp_path / "a.csv")
+    write(tmp_path, {"a.xml": ""})
+    assert "is neither a folder nor a .jsonl or .csv file" in refusal(tmp_path / "a.xml")
     os.symlink(tmp_path / "gone", tmp_path / "b.png")
     assert "'b.png' is a dead link" in refusal(tmp_path)
 
