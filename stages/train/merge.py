@@ -19,7 +19,7 @@ from flux2_relay.stages.train.blocks import Adapter
 from flux2_relay.stages.train.transformer import tensor_shapes
 from flux2_relay.stages.weights import TensorInfo, Tensors
 
-STRETCH_BYTES = 1 << 25
+STRETCH_BYTES = 1 << 24
 """Bytes of float32 that are worked on at a time."""
 _STORED: Mapping[str, tuple[type, mx.Dtype]] = {  # numpy knows no bfloat16: its bits go as integers
     "F32": (np.uint32, mx.float32),
