@@ -22,8 +22,7 @@ _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Make the run folder, if need be, and hold it for a training; InputError names who holds it already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with _opened(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -34,6 +33,17 @@ def hold(folder: Path) -> Iterator[None]:
             yield
         finally:
             _write(file, "")
+
+
+def _opened(folder: Path) -> TextIO:
+    """The lock's file; the folder is made for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: this run folder cannot be made or written to ({error.strerror}); correct run.dir"
+        ) from None
 
 
 def _refusal(folder: Path, holder: tuple[int, str] | None) -> InputError:

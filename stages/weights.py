@@ -208,7 +208,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         table = {name: _info(file, name, entry, base) for name, entry in header.items() if name != "__metadata__"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: its header is malformed ({error!r})") from None
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{file}: its header is malformed ({said}); download it again") from None
     _check_ranges(file, table, base, size)
     return table
 

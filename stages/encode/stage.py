@@ -170,8 +170,13 @@ def latents_identity(job: Job, spec: VaeSpec) -> LatentsIdentity:
 
 
 def vae_identity(tensors: Tensors, spec: VaeSpec) -> str:
-    """Identity of a VAE as an encoder: its encoder half, quant_conv and batch-norm statistics."""
-    return identity.weights_identity(tensors, vae.encoder_tensor_names(spec), vae.identity_config(spec))
+    """Identity of a VAE as an encoder: its encoder half, quant_conv and batch-norm statistics.
+
+    InputError names what is not as the spec says: this is asked before captions are encoded, the VAE is loaded after.
+    """
+    used = vae.encoder_tensor_names(spec)
+    tensors.check(used, ignore=lambda name: name not in used)
+    return identity.weights_identity(tensors, used, vae.identity_config(spec))
 
 
 def uses_tf32() -> bool:
