@@ -12,7 +12,8 @@ from scenes import COLOURS, NAMES, RELATIONS, SHAPES, Scene
 _PALETTE = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)
 _DARK = 80.0  # luminance; the darkest colour has 93, ink 29
 _LEAST = 24  # pixels of the smallest thing that counts as a figure
-_PURE = 30.0  # distance from a named colour at which a pixel counts a third
+_INK = np.array([28, 28, 38], dtype=np.float32)  # of the lesson's pen
+_PURE = 30.0  # distance from a colour under ink at which a pixel counts a third
 _GRID = 32
 
 
@@ -139,13 +140,17 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _colour(picture: np.ndarray, part: np.ndarray, background: int) -> str:
-    """The colour that most of a figure's pixels have, other than the background's.
+    """The colour that most of a figure's pixels have, other than the background's, ink or no ink over it.
 
-    Edges and pen strokes are mixtures, and yellow with ink is nearest to green: the purer a pixel, the more it counts.
+    A pixel is taken for the colour from which the line to ink passes nearest; the purer it is, the more it counts.
+    Without the line, yellow half under ink would be nearest to green.
     """
-    pixels = picture[part & (_luminance(picture) >= _DARK)]
-    apart = np.sqrt(((pixels[:, None].astype(np.float32) - _PALETTE) ** 2).sum(-1))
-    votes = np.bincount(apart.argmin(1), np.exp(-((apart.min(1) / _PURE) ** 2)), len(NAMES))
+    pixels, axes = picture[part].astype(np.float32) - _INK, _PALETTE - _INK
+    share = np.clip(pixels @ axes.T / (axes**2).sum(-1), 0, 1)
+    apart = np.sqrt(((pixels[:, None] - share[..., None] * axes) ** 2).sum(-1))
+    nearest, rows = apart.argmin(1), np.arange(len(pixels))
+    weight = share[rows, nearest] ** 2 * np.exp(-((apart[rows, nearest] / _PURE) ** 2))
+    votes = np.bincount(nearest, weight, len(NAMES))
     votes[background] = 0
     return NAMES[votes.argmax()] if votes.any() else "none"
 
