@@ -36,9 +36,7 @@ def test_the_judge_sees_what_the_lesson_shows(path: Path) -> None:
     pairs = {(a, b if b == "cross" else b.removesuffix("s")) for a, b in pairwise(words)}
     background, seen = look(np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")))
     assert background == words[-2]
-    assert {(figure.colour, figure.shape) for figure in seen} == {
-        (a, b) for a, b in pairs if a in NAMES and b in SHAPES
-    }
+    assert {(f.colour, f.shape) for f in seen} == {(a, b) for a, b in pairs if a in NAMES and b in SHAPES}
 
 
 def test_ink_is_the_dark_share_of_a_figure() -> None:
