@@ -59,8 +59,9 @@ bench: .venv ## Measure speed and memory on this machine
 bench-gpu: .venv ## Measure full-size models beside diffusers and peft on an NVIDIA card; CASE=NAME for one
 	$(BIN)/python tests/bench/gpu/run.py $(addprefix --case ,$(CASE))
 
-torture: .venv ## Kill encode N times (200), cut the power: no acknowledged entry may be lost; train 2,000 steps; plant every fault
+torture: .venv ## Kill encode N times (200) and train (40), cut the power: nothing lost, same bits; train 2,000 steps; plant every fault
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)
+	$(BIN)/python tests/faults/torture_train.py $(or $(N),40)
 	$(BIN)/python tests/faults/power_cut.py
 	STEPS=2000 $(BIN)/python -m pytest -q tests/unit/pipeline/test_long_run.py
 	HIDDEN=1024 $(BIN)/python -m pytest -q tests/unit/stages/test_encode_memory.py

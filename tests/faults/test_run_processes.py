@@ -9,15 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from tiny.project import Project
 
 from flux2_relay import cache
 
-COLUMNS = ("step", "loss", "lr", "grad_norm", "sigma")
 LONG = {"train": {"steps": 4000}, "save": {"every": 5, "keep": 2}, "previews": {"every": 0}}
-SHORT = {"train": {"steps": 30}, "save": {"every": 5, "keep": 2}, "previews": {"every": 10}}
 TIMEOUT = 120  # seconds until a hanging process fails the test
 
 
@@ -49,32 +46,6 @@ def wait_until(process: subprocess.Popen[str], is_so: Callable[[], bool]) -> Non
 def steps(project: Project) -> int:
     metrics = project.run / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
-
-
-def adapter(project: Project) -> dict[str, mx.array]:
-    values = mx.load(str(project.run / "adapter.safetensors"))
-    assert isinstance(values, dict)
-    return values
-
-
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(encoded: Callable[..., Project]) -> None:
-    whole = encoded(**SHORT)
-    assert whole.relay("train").status == 0
-    broken = encoded(**SHORT)
-    for least in (7, 18):
-        with start(broken, "train") as process:
-            wait_until(process, lambda least=least: steps(broken) >= least)
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        assert not (broken.run / "adapter.safetensors").exists()
-    status, said = finish(start(broken, "train"))
-    assert status == 0, said
-    assert "going on from the checkpoint of step" in said
-    assert broken.metrics(*COLUMNS) == whole.metrics(*COLUMNS)
-    values, expected = adapter(broken), adapter(whole)
-    assert values.keys() == expected.keys()
-    assert all(mx.array_equal(values[name], expected[name]) for name in expected)
-    assert not list((broken.run / "checkpoints").glob(".new-*"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
