@@ -57,7 +57,7 @@ bench: .venv ## Measure speed and memory on this machine
 	@for script in tests/bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 bench-gpu: .venv ## Measure full-size models beside diffusers and peft on an NVIDIA card; CASE=NAME for one
-	$(BIN)/python tests/bench/gpu/run.py $(addprefix --case ,$(CASE))
+	$(BIN)/python tests/bench/gpu/run.py $(if $(CASE),--case '$(CASE)')
 
 torture: .venv ## Kill encode N times (200) and train (40), cut the power: nothing lost, same bits; train 2,000 steps; plant every fault
 	$(BIN)/python tests/faults/torture.py $(or $(N),200)

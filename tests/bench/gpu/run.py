@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", default=[], help="a case by name, or all whose name begins so (*)")
+    parser.add_argument("--case", action="append", default=[], help="a case by name, or a pattern such as dev-4bit-*")
     parser.add_argument("--skip", action="append", default=[], help="not these, named likewise")
     parser.add_argument("--tiny", action="store_true", help="tiny models, for a machine without a GPU")
     parser.add_argument("--output", default="bench-gpu.jsonl", help="a line of JSON a case is appended here")
@@ -76,7 +77,7 @@ def _chosen(names: Sequence[str], skipped: Sequence[str]) -> list[Case]:
     """The cases of these names in their order; all where none is named."""
 
     def is_meant(name: str, patterns: Sequence[str]) -> bool:
-        return any(name == p or (p.endswith("*") and name.startswith(p[:-1])) for p in patterns)
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     unknown = [p for p in (*names, *skipped) if not any(is_meant(name, [p]) for name in CASES)]
     if unknown:
