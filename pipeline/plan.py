@@ -5,7 +5,7 @@ Weights that are large and were never hashed on this machine have an "unknown id
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +27,10 @@ from flux2_relay.stages import figures, folders, identity, memory, spec
 from flux2_relay.stages.encode import forecast
 from flux2_relay.stages.encode.forecast import Forecast
 from flux2_relay.stages.encode.stage import Job
-from flux2_relay.stages.train import checkpoint, lora
+from flux2_relay.stages.train import checkpoint, lora, warnings
 from flux2_relay.stages.train.batches import Item, items
 from flux2_relay.stages.train.layout import LayoutOptions, layout_for, pace_of
-from flux2_relay.stages.train.optimizer import moments
+from flux2_relay.stages.train.optimizer import advice
 from flux2_relay.stages.train.transformer import stock_of
 from flux2_relay.stages.weights import Tensors
 
@@ -185,16 +185,24 @@ def _training(
     done = int(saved[-1].name) if saved else 0
     pace = figures.recall("steps", pace_of(transformer, layout, config.train))
     left = max(0, config.train.steps - done)
-    of_run = 4 * adapter * (1 + moments(config.train) + (config.train.ema is not None))
-    checkpoints = min(config.save.keep + 1, -(-left // config.save.every) + 1)
     return Training(
         steps=config.train.steps,
         done=done,
         pictures=len({item.id for item in found}),
         layout=layout,
         seconds=left / pace.per_second if pace else None,
-        disk_bytes=checkpoints * of_run + 4 * adapter if left else 0,
+        disk_bytes=warnings.run_bytes(adapter, config.train, config.save, left),
+        warnings=tuple(_warnings(config, places, transformer, found)),
     )
+
+
+def _warnings(
+    config: Config, places: "ModelFolders", transformer: "spec.TransformerSpec", found: Sequence[Item]
+) -> Iterator[str]:
+    yield from warnings.of_model(transformer, spec.is_distilled(places.root, config.model.name))
+    yield from filter(None, [advice(config.train)])
+    yield from warnings.of_options(config.train, config.lora)
+    yield from warnings.of_data(found, config.train)
 
 
 def _items(config: Config, known: Forecast | None, record: SetRecord | None) -> tuple[list[Item], int]:

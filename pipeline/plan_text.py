@@ -52,6 +52,8 @@ class Training:
     """For the steps to come; None where nothing was measured on this machine."""
     disk_bytes: int
     """Checkpoints and adapters."""
+    warnings: tuple[str, ...]
+    """What a night may be lost on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,9 @@ def _encode(encoding: Encoding) -> Iterator[str]:
     if encoding.captions is not None:
         of = encoding.captions
         how = "in one pass" if of.passes <= 1 else f"in {of.passes} passes"
-        loses = f", {_count(of.captions_a_pass, 'caption')} each: what a kill can lose at most" if of.passes > 1 else ""
+        lasts = "" if of.seconds is None else f" and {_time(of.seconds / of.passes)}"
+        each = f", {_count(of.captions_a_pass, 'caption')}{lasts} each: what a kill can lose at most"
+        loses = each if of.passes > 1 else ""
         yield (
             f"text encoder: {_count(of.captions, 'caption')}, {of.tokens} tokens, {how}{loses}; {of.layout}; "
             f"predicted peak {in_bytes(of.peak_bytes)}; {_time(of.seconds)}"
@@ -155,6 +159,8 @@ def _train(training: Training) -> Iterator[str]:
     time = f"; {_time(training.seconds)}" if training.done < training.steps else ""
     yield f"{training.steps} steps{done}, on {_count(training.pictures, 'picture')}{time}"
     yield training.layout.in_words()
+    for sentence in training.warnings:
+        yield f"warning: {sentence}"
 
 
 def _disk(disk: Disk) -> str:

@@ -20,7 +20,7 @@ from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import acceptance, base, checkpoint, init, lora, optimizer, validation, wishes
+from flux2_relay.stages.train import acceptance, base, checkpoint, init, lora, optimizer, validation, warnings, wishes
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
@@ -46,6 +46,8 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal
         init.read(job.lora, spec)
     if sentence := optimizer.advice(job.train):
         journal.say(sentence)
+    for sentence in warnings.before(job, spec, lora.size(spec, job.lora)):
+        journal.say(f"warning: {sentence}")
     layout = layout_of(job, spec, stock_of(folders.transformer, spec))
     journal.say(f"memory: {layout.in_words()}")
     return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)

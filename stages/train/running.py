@@ -13,7 +13,7 @@ import mlx.core as mx
 from flux2_relay.cache.errors import RelayError
 from flux2_relay.stages import blas
 from flux2_relay.stages.measure import peak_bytes
-from flux2_relay.stages.train import checkpoint, ema, init, lora, optimizer
+from flux2_relay.stages.train import checkpoint, ema, init, lora, optimizer, warnings
 from flux2_relay.stages.train.batches import Loaded
 from flux2_relay.stages.train.export import DTYPES, write_diffusers
 from flux2_relay.stages.train.job import Job, Journal
@@ -81,6 +81,7 @@ class Run:
             }
         )
         self._count(is_finite, loss, norm, loaded)
+        self._look_at_adapter()
         self._after_step()
         return float(loss) if is_finite else None
 
@@ -141,6 +142,10 @@ class Run:
                 f"train.lr is the usual remedy, or look at these pictures: {self.where_to_go_on()}."
             )
         self.journal.say(f"{said}; the step was skipped")
+
+    def _look_at_adapter(self) -> None:
+        if self.done == warnings.LOOK_AT and (sentence := warnings.of_adapter(lora.parameters(self.transformer))):
+            self.journal.say(f"warning: {sentence}")
 
     def _after_step(self) -> None:
         if self.validation and self._is_due(self.job.validation.every):
