@@ -25,6 +25,7 @@ running.py      a run under way
 acceptance.py   whether the store holds what the transformer was trained on
 trial.py        the same, and a training on trial
 validation.py   the loss on what is held out
+warnings.py     what a night may be lost on
 wishes.py       files that ask a run for something
 sample.py       from noise to latents
 mixing.py       several adapter files, each at a strength
