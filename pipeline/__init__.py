@@ -22,6 +22,7 @@ check.py       `relay check`: the acceptance test
 labels.py      labels and wrapped sentences on a terminal
 place.py       which store such a command is about
 config.py      the config file: nests the options that each component declares
+config_page.py docs/config.md: every key, from the code
 schema.py      YAML into dataclasses, a line number for every fault
 request.py     what names a set: the part of a config that stage one obeys
 run_folder.py  one run's folder: config, metrics, log

@@ -30,6 +30,7 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 NULL_TAG, BOOL_TAG = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 TEXT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "timestamp", "value")}
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+LIMITS = {"min": "at least", "max": "at most", "above": "above", "below": "below", "multiple_of": "a multiple of"}
 REFUSED = object()  # a value that was not accepted; its fault is noted
 Rules = Mapping[str, Any]
 Annotation: TypeAlias = Any  # int, `str | None`, a dataclass ...: typing has no one type for them
@@ -86,6 +87,12 @@ def plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value
+
+
+def accepted(kind: Annotation, rules: Rules) -> str:
+    """What a field takes, in words, its limits included."""
+    limits = [f"{say} {rules[rule]}" for rule, say in LIMITS.items() if rule in rules]
+    return ", ".join([_say(kind, rules), *limits])
 
 
 class _Builder:

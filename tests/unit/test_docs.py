@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from flux2_relay import cache
+from flux2_relay.pipeline import config_page
 from flux2_relay.pipeline.cli import cli
 from flux2_relay.pipeline.config import Config
 
@@ -68,6 +69,13 @@ def test_keys_exist(page: Path) -> None:
     sections = "|".join(field.name for field in dataclasses.fields(Config))
     said = re.findall(rf"`((?:{sections})\.[a-z_]+)[:`]", page.read_text("utf-8"))
     assert not set(said) - known
+
+
+def test_the_page_of_all_keys_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "config.md").read_text("utf-8")
+    assert written == config_page.page(), "run python -m flux2_relay.pipeline.config_page > docs/config.md"
+    leaves = {key for key in keys_of(Config) if "." in key and "." not in key.replace(".", "", 1)}
+    assert not [key for key in leaves if f"| `{key}` |" not in written]
 
 
 def test_the_readme_names_six_files_to_read() -> None:
