@@ -80,7 +80,12 @@ def _run(name: str, model: Model) -> Iterator[Line]:
         yield Line("model.name", model.name, "a folder that holds another model is refused")
     if model.distilled:
         base = f"klein-base-{model.name.rpartition('-')[2]}" if model.name else "its base"
-        yield Line("model.name", base, "this model is distilled; train the base and use the LoRA on both", is_set=False)
+        yield Line(
+            "model.name",
+            base,
+            "the model above is distilled, and LoRAs on it tend to come out grey: train its base",
+            is_set=False,
+        )
 
 
 def _data(found: Found, fit: Fit) -> Iterator[Line]:

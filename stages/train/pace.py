@@ -83,7 +83,11 @@ def find(task: Task, make: Make | None, say: Callable[[str], None]) -> Pace:
         layout = _layout(replace(task, options=in_memory))
     except InputError:
         return _computed(task, say)
-    return _measured(task, layout, random_transformer, say)
+    return _measured(task, layout, _random_weights(task), say)
+
+
+def _random_weights(task: Task) -> Make:
+    return partial(random_transformer, dtype=mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16)
 
 
 def _layout(task: Task) -> Layout:
@@ -117,7 +121,7 @@ def _computed(task: Task, say: Callable[[str], None]) -> Pace:
     for double, single in _PARTS:
         few = replace(task.spec, double_blocks=double, single_blocks=single)
         say(f"{double} double and {single} single blocks of {task.spec.double_blocks} and {task.spec.single_blocks}:")
-        found.append(_measured(replace(part, spec=few), _layout(replace(part, spec=few)), random_transformer, say))
+        found.append(_measured(replace(part, spec=few), _layout(replace(part, spec=few)), _random_weights(task), say))
     least, more_double, more_single = found
     a_double = (more_double.seconds - least.seconds) / (_PARTS[1][0] - _PARTS[0][0])
     a_single = (more_single.seconds - least.seconds) / (_PARTS[2][1] - _PARTS[0][1])
@@ -171,9 +175,8 @@ def _noise(task: Task, number: int) -> Loaded:
     return Loaded(number, passes, 0.0)
 
 
-def random_transformer(spec: TransformerSpec, layout: Layout) -> Transformer:
-    """A transformer of this size whose weights keep activations near one; depends on nothing but the layout."""
-    dtype = mx.float32 if layout.bits == 32 else mx.bfloat16
+def random_transformer(spec: TransformerSpec, layout: Layout, dtype: mx.Dtype = mx.float32) -> Transformer:
+    """A transformer of this size whose weights keep activations near one; computes in `dtype`."""
 
     def read(place: int) -> dict[str, Weight]:
         return _random(block_shapes(spec, place), layout.bits, place + 1)

@@ -58,7 +58,7 @@ def test_a_model_that_does_not_fit_is_computed_from_blocks(monkeypatch: pytest.M
         return [of_blocks[of.spec.double_blocks, of.spec.single_blocks]] * of.steps
 
     monkeypatch.setattr(pace, "_steps", timed)
-    monkeypatch.setattr(pace, "random_transformer", lambda *_: _Nothing())
+    monkeypatch.setattr(pace, "random_transformer", lambda *_, **__: _Nothing())
     found = pace.find(tight, None, lambda _: None)
     assert found.computed
     assert found.seconds == pytest.approx(7.5 + 8 * 2 + 20 * 0.5)
