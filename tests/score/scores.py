@@ -104,7 +104,8 @@ def table(rows: Mapping[str, Mapping[str, float | None]], facts: Mapping[str, fl
     lines = [f"| pictures | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"] if rows else []
     for what, row in rows.items():
         lines.append(f"| {what} | {' | '.join(_cell(name, row[name]) for name in names)} |")
-    return [*lines, "", *(f"- {what}: {_fact(value)}" for what, value in facts.items())]
+    said = [f"- {what}: {_fact(value)}" for what, value in facts.items()]
+    return [*lines, "", *said] if said else lines
 
 
 def _cell(name: str, value: float | None) -> str:
