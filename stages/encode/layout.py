@@ -1,4 +1,9 @@
-"""How the text encoder fits the memory budget: layers resident or streamed, and how many tokens go in one pass."""
+"""How the text encoder fits the memory budget: layers resident or streamed, and how many tokens go in one pass.
+
+Hidden states stay in memory; a data set that is too large for it goes in several passes. Writing them to disk would
+save reading the layers again, which costs nothing as long as a layer is read faster than a pass computes on it: for
+FLUX.2 dev, 8192 tokens are 9 TFLOP a layer, 0.7 s at 13.5 TFLOP/s, and 1.1 GB, 0.15 s at 7.3 GB/s.
+"""
 
 from dataclasses import dataclass
 

@@ -12,6 +12,8 @@ from functools import partial
 from importlib.metadata import version
 from math import prod
 from os import environ
+from secrets import randbelow
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +45,7 @@ from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
 from flux2_relay.stages.weights import Tensors, listing
 
+Of = TypeVar("Of")
 TextWants = Mapping[str, Mapping[str, object]]
 """Text entries to be made: key -> key object."""
 
@@ -76,7 +79,7 @@ class Encoded:
     """What a run of stage one did."""
 
     set: str
-    captions: int  # encoded now, shared rows not counted
+    captions: int  # encoded now and here, shared rows not counted
     images: int
     present: int  # entries that were there before
 
@@ -97,25 +100,31 @@ def encode(job: Job) -> Encoded:
         job.say(note)
     record = _publish_set(job, text, latents, want)
     missing = job.store.missing(record, patient=False)
-    first = {kind: set(keys) for kind, keys in missing.items()}
+    present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, missing.values()))
+    captions = pictures = 0
     for _ in range(_ROUNDS):
         if not missing:
             break
         bad = _encode_masks(job, {key: want.masks[key] for key in missing.get("masks", ())})
         if keys := missing.get("text"):
-            _text_in_turn(job, text_spec, tokenizer, {key: want.text[key] for key in keys})
+            captions += _text_in_turn(job, text_spec, tokenizer, _turned({key: want.text[key] for key in keys}))
         if keys := missing.get("latents"):
-            bad += _latents_in_turn(job, vae_spec, {key: want.latents[key] for key in keys})
+            done, unread = _latents_in_turn(job, vae_spec, _turned({key: want.latents[key] for key in keys}))
+            pictures, bad = pictures + done, bad + unread
         missing = job.store.missing(record, patient=False)
         if bad:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
     if missing:
         counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
         raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
-    captions = sum(want.text[key]["caption"] is not None for key in first.get("text", ()))
-    pictures = len(first.get("latents", ()))
-    present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, first.values()))
     return Encoded(record.key, captions, pictures, present)
+
+
+def _turned(wants: Mapping[str, Of]) -> dict[str, Of]:
+    """The same from a place of this process's own: two that fill one store then meet once, not at every entry."""
+    items = list(wants.items())
+    start = randbelow(len(items))
+    return dict(items[start:] + items[:start])
 
 
 def needed(job: Job) -> Wanted:
@@ -201,14 +210,14 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
     return job.store.open_set(job.store.publish_set(body, {**_made(), **job.told}))
 
 
-def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> None:
+def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> int:
     blas.suit(spec.hidden)
     tensors = open_encoder(job.folders.text_encoder, spec)
     packing = packed.summary(encoder_packings(tensors, spec))
     layout = text_layout(spec, job.encode, job.budget_bytes, tensors)
     costs = [tokenizer.cost(str(key["caption"])) for key in wants.values() if key["caption"] is not None]
     work = partial(_encode_text, job, tokenizer, wants, layout, packing)
-    in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)))
+    return in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)))
 
 
 def _encode_text(
@@ -218,7 +227,8 @@ def _encode_text(
     layout: TextLayout,
     packing: packed.Packing | None,
     spec: TextSpec,
-) -> None:
+) -> int:
+    """Encode captions, those left out that another process has seen to -> how many."""
     from flux2_relay.stages.encode import text  # only here: mlx-lm takes seconds to import
 
     encoder = text.load_text_encoder(
@@ -226,21 +236,28 @@ def _encode_text(
     )
     weights = packing.in_words() if packing else f"{job.encode.bits} bit"
     say_loaded(f"text encoder ({layout.in_words(spec, weights)})", job.say)
-    captions = [str(key["caption"]) for key in wants.values() if key["caption"] is not None]
-    by_caption = {key["caption"]: key for key in wants.values()}
+    by_caption = {str(of["caption"]): (key, of) for key, of in wants.items() if of["caption"] is not None}
+    captions = list(by_caption)
     shared = {str(key["rows"]): key for key in wants.values() if key["caption"] is None}
-    total, started = sum(map(encoder.cost, captions)), time.perf_counter()
+    total, started, encoded = sum(map(encoder.cost, captions)), time.perf_counter(), []
+
+    def is_needed(index: int) -> bool:
+        return not job.store.has("text", by_caption[captions[index]][0])
+
     bar = tqdm(total=total, desc=f"{len(captions)} captions", unit="token", unit_scale=True, dynamic_ncols=True)
     with Writer(job.store) as writer, bar:
-        for done in encoder.passes(captions, layout.pass_tokens, job.encode.batch_tokens, partial(_advance, bar)):
+        advance = partial(_advance, bar)
+        for done in encoder.passes(captions, layout.pass_tokens, job.encode.batch_tokens, advance, is_needed):
             for name, rows in done.shared.items():
                 if key := shared.pop(name, None):
                     writer.put("text", key, _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]})
             for index, rows in done.rows:
                 made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
-                writer.put("text", by_caption[captions[index]], _stored(rows, job.text_dtype), made)
-    encoder_id = next(iter(wants.values()))["encoder"]
-    figures.note("text tokens", pace_of_text(encoder_id, job.encode, layout), total, time.perf_counter() - started)
+                writer.put("text", by_caption[captions[index]][1], _stored(rows, job.text_dtype), made)
+                encoded.append(encoder.cost(captions[index]))
+    pace = pace_of_text(next(iter(wants.values()))["encoder"], job.encode, layout)
+    figures.note("text tokens", pace, sum(encoded), time.perf_counter() - started)
+    return len(encoded)
 
 
 def pace_of_text(encoder: object, options: EncodeOptions, layout: TextLayout) -> dict[str, object]:
@@ -267,7 +284,7 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
     return bad
 
 
-def _latents_in_turn(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> list[str]:
+def _latents_in_turn(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
     _, peak = vae.encoder_peak(spec, largest_of(wants.values()), job.budget_bytes)
     return in_turn("VAE encoder", partial(_encode_latents, job, spec, wants), job.say, peak)
 
@@ -277,25 +294,30 @@ def largest_of(wants: Iterable[LatentsWant]) -> tuple[int, int]:
     return max((want.placement.crop[2:] for want in wants), key=prod)
 
 
-def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> list[str]:
-    """Encode pictures one at a time -> what is wrong with those that could not be read."""
+def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
+    """Encode pictures one at a time, those left out that another process has seen to.
+
+    -> How many, and what is wrong with those that could not be read.
+    """
     encoder = vae.load_encoder(job.folders.root, job.folders.vae)
     rows = encoder.strip_rows(largest_of(wants.values()), job.budget_bytes)
     how = "pictures whole" if rows is None else f"in strips of {rows} rows where pictures are too large to go whole"
     say_loaded(f"VAE encoder (float32, {how})", job.say)
-    bad, pixels_done, started = [], 0, time.perf_counter()
+    bad, pixels, started = [], [], time.perf_counter()
     with Writer(job.store) as writer:
-        for want in tqdm(wants.values(), desc="images", unit="image", dynamic_ncols=True):
+        for key, want in tqdm(wants.items(), desc="images", unit="image", dynamic_ncols=True):
+            if job.store.has("latents", key):
+                continue
             try:
-                pixels = images.read_pixels(want.image, want.placement, want.background)
-                latents = encoder.encode(mx.array(pixels)[None], job.budget_bytes)[0]
+                picture = images.read_pixels(want.image, want.placement, want.background)
+                latents = encoder.encode(mx.array(picture)[None], job.budget_bytes)[0]
             except RelayError as error:
                 bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")
                 continue
             writer.put("latents", want.key, _stored(latents, job.latents_dtype), _made())
-            pixels_done += prod(want.placement.crop[2:])
-    figures.note("pixels", pace_of_vae(spec), pixels_done, time.perf_counter() - started)
-    return bad
+            pixels.append(prod(want.placement.crop[2:]))
+    figures.note("pixels", pace_of_vae(spec), sum(pixels), time.perf_counter() - started)
+    return len(pixels), bad
 
 
 def _advance(bar: tqdm, tokens: float) -> None:

@@ -77,15 +77,21 @@ class TextEncoder:
         pass_tokens: int = BATCH_TOKENS,
         batch_tokens: int = BATCH_TOKENS,
         progress: Callable[[float], None] = lambda tokens: None,
+        is_needed: Callable[[int], bool] = lambda index: True,
     ) -> Iterator[Pass]:
         """Each pass as it is done; without captions one pass gives the shared rows alone.
 
         A pass holds at most `pass_tokens` tokens (and one caption at least), of which `batch_tokens` run together.
-        `progress` is told tokens, a layer's share of them at a time.
+        `progress` is told tokens, a layer's share of them at a time. `is_needed` is asked of each caption when its pass
+        begins: another process may have seen to it meanwhile.
         """
         own = [self._own(caption) for caption in captions]
         costs = [self.cost(caption) for caption in captions]
-        for part in list(cut(costs, pass_tokens)) or [[]]:
+        for whole in list(cut(costs, pass_tokens)) or [[]]:
+            part = [index for index in whole if is_needed(index)]
+            progress(sum(costs[index] for index in whole) - sum(costs[index] for index in part))
+            if whole and not part:
+                continue
             shared = self._shared()
             groups = [self._group(indices, own, shared) for indices in self._together(part, own, costs, batch_tokens)]
             self._run([*shared, *groups], progress)

@@ -15,7 +15,7 @@ from tiny.project import Project
 
 from flux2_relay import cache
 from flux2_relay.stages import spec, vae
-from flux2_relay.stages.encode import stage, text
+from flux2_relay.stages.encode import images, stage, text
 from flux2_relay.stages.encode.text import load_text_encoder
 from flux2_relay.stages.train.contexts import open_contexts
 
@@ -130,6 +130,44 @@ def test_a_caption_changed_back_is_trained_on_again(own: Project, no_models: Non
     assert cache.open(own.store).sets()[0].key == first
 
 
+def test_what_another_process_has_done_meanwhile_is_not_done_again(
+    encoded_store: Path, dev: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process is played by copies of its entries, which come while the first of ours is encoded."""
+    project = Project(tmp_path / "p", dev, pictures).write({"encode": {"batch_tokens": 1}})
+    read, run = images.read_pixels, text.TextEncoder._run
+
+    def meanwhile(kind: str) -> None:
+        for entry in (encoded_store / kind).iterdir():
+            if entry.is_dir() and not (project.store / kind / entry.name).exists():
+                shutil.copytree(entry, project.store / kind / entry.name)
+
+    def pixels(*arguments):
+        meanwhile("latents")
+        return read(*arguments)
+
+    def layers(*arguments):
+        meanwhile("text")
+        return run(*arguments)
+
+    monkeypatch.setattr(images, "read_pixels", pixels)
+    monkeypatch.setattr(text.TextEncoder, "_run", layers)
+    outcome = project.relay("encode")
+    assert outcome.status == 0, outcome.said
+    assert "encoded 1 captions and 1 images" in outcome.said
+
+
+def test_two_processes_begin_at_different_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    wants: dict[str, int] = {key: number for number, key in enumerate("abcd")}
+    starts = set()
+    for start in range(4):
+        monkeypatch.setattr(stage, "randbelow", lambda count, start=start: start % count)
+        turned = list(stage._turned(wants))
+        assert sorted(turned) == list("abcd")
+        starts.add(turned[0])
+    assert starts == set("abcd")
+
+
 def test_a_lost_entry_is_made_again(own: Project) -> None:
     store = cache.open(own.store, "a")
     (lost,) = list(store.keys("latents"))[:1]
@@ -209,7 +247,7 @@ def test_the_text_encoder_is_gone_before_the_vae_comes(
 
 def test_entries_that_keep_vanishing_are_an_error(encoded: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     project = encoded()
-    monkeypatch.setattr(stage, "_encode_text", lambda *_: None)
+    monkeypatch.setattr(stage, "_encode_text", lambda *_: 0)
     store = cache.open(project.store, "a")
     store.remove("text", next(iter(store.keys("text"))))
     outcome = project.relay("encode")

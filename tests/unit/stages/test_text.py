@@ -60,11 +60,12 @@ def test_rows_do_not_depend_on_how_much_runs_together(checkpoint: Path, limits: 
         assert_near(few, many, 2e-6)
 
 
-def test_streamed_layers_give_the_same(checkpoint: Path) -> None:
-    expected = load(checkpoint).encode(CAPTIONS)
-    streamed = load(checkpoint, streamed=True)
+@pytest.mark.parametrize("bits", [32, 16, 8, 6, 4])
+def test_streamed_layers_give_the_same(checkpoint: Path, bits: int) -> None:
+    expected = load(checkpoint, bits).encode(CAPTIONS)
+    streamed = load(checkpoint, bits, streamed=True)
     for _ in range(2):  # a second time, since the layers are read again
-        np.testing.assert_array_equal(np.array(streamed.encode(CAPTIONS)), np.array(expected))
+        assert mx.array_equal(streamed.encode(CAPTIONS), expected)
 
 
 def test_dev_keeps_own_rows_and_shares_the_others(dev: Path) -> None:
