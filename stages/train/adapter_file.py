@@ -84,6 +84,7 @@ def read_file(path: Path | str, spec: TransformerSpec | None = None, told_by: Pa
     if told_by is not None:
         metadata = read_tensors(told_by)[1]
     placed, faults = _placed(values)
+    model = "this model" if spec else "the model that its shapes tell (name it, if it is another)"
     spec = spec or adapter_sizes.spec_of(_sides(placed, values))
     if spec is None:
         faults.append("no tensor of it has the name of a linear of FLUX.2" if values else "it holds no tensor at all")
@@ -94,7 +95,7 @@ def read_file(path: Path | str, spec: TransformerSpec | None = None, told_by: Pa
     if not found and not faults:
         faults.append("it holds no tensor at all")
     if faults:
-        raise InputError(listing(f"{path} is no LoRA for this model:", faults))
+        raise InputError(listing(f"{path} is no LoRA for {model}:", faults))
     told = _Told.read(metadata, path)
     factors = dict(pair for one in found.values() for pair in _factors(one, told))
     return AdapterFile(factors=factors, spec=spec, metadata=metadata, dtype=_dtype(found))

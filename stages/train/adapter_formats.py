@@ -49,7 +49,7 @@ class Format:
         return self.prefix + module.replace(".", self.separator)
 
 
-_OLD_COMFYUI = "ComfyUI leaves this module out under diffusers' names; --format comfyui is read whole there"
+_MISSED = "ComfyUI leaves this module out under diffusers' names; --format comfyui is read whole there"
 _NOT_SWAPPED = "diffusers reads this module wrongly under BFL's names; --format diffusers is read rightly there"
 _DROPPED = "diffusers drops this module under kohya's names; use --format comfyui"
 
@@ -58,13 +58,13 @@ FORMATS: Mapping[str, Format] = {
     for form in (
         Format(
             name="diffusers",
-            readers="diffusers, mflux, ComfyUI since October 2025",
+            readers="diffusers, mflux, ComfyUI newer than October 2025",
             modules=adapter_names.diffusers,
             prefix="transformer.",
             separator=".",
             factors=("lora_A.weight", "lora_B.weight"),
             stores_alpha=False,
-            remarks={"time_guidance_embed.*": _OLD_COMFYUI, "*_modulation*.linear": _OLD_COMFYUI},
+            remarks={"time_guidance_embed.*": _MISSED, "*_modulation*.linear": _MISSED},
         ),
         Format(
             name="comfyui",

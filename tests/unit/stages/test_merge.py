@@ -40,7 +40,7 @@ def by_hand(base: layouts.Values, spec: TransformerSpec) -> dict[str, np.ndarray
     """In float64."""
     values = {name: np.array(value.astype(mx.float32), np.float64) for name, value in base.items()}
     for path, (a, b, scale) in adapters(spec).items():
-        values[f"{path}.weight"] += float(scale.item()) * np.array(b, np.float64) @ np.array(a, np.float64)
+        values[f"{path}.weight"] += np.array(scale, np.float64) * np.array(b, np.float64) @ np.array(a, np.float64)
     return values
 
 
