@@ -1,5 +1,6 @@
 """`relay plan`: what it says of store, memory, disk and time, and that it loads and makes nothing."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from tiny.project import Outcome, Project
 
 from flux2_relay.pipeline import plan, plan_text
 from flux2_relay.stages import figures, identity
-from flux2_relay.stages.encode import stage, text
+from flux2_relay.stages.encode import stage, templates, text
+from flux2_relay.stages.encode.forecast import TextPhase
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.train import loop
 
@@ -118,6 +120,13 @@ def test_a_changed_option_is_why_entries_are_stale(
 def test_another_encoder_is_why_captions_are_stale(encoded: Make, tmp_path: Path) -> None:
     project = encoded(model={"text_encoder": str(model.write_dev(tmp_path / "other", seed=7) / "text_encoder")})
     assert entries(project, "text")["stale"] == {"text encoder weights": 9}
+
+
+def test_another_template_is_why_captions_are_stale(encoded: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = encoded()
+    changed = dataclasses.replace(templates.FAMILIES["mistral"], after="[/INST] ")
+    monkeypatch.setitem(templates.FAMILIES, "mistral", changed)  # pyright: ignore
+    assert entries(project, "text")["stale"] == {"prompt template": 9}
 
 
 def test_a_changed_caption_and_a_changed_picture_are_told_from_new_ones(own: Project) -> None:
@@ -315,3 +324,14 @@ def test_masks_are_counted_where_there_are_any(dev: Path, pictures: Path, tmp_pa
     assert found["entries"]["masks"]["wanted"] == 1
     assert any("4 of 5 pictures have no mask" in remark for remark in found["data"]["remarks"])
     assert "masks" not in told(Project(tmp_path / "q", dev, pictures).write())["encoding"]["entries"]
+
+
+def test_a_pass_is_told_by_its_time_once_there_is_a_figure() -> None:
+    phase = TextPhase(
+        captions=20, tokens=1000, layout="streamed", streamed=True, passes=4, captions_a_pass=5,
+        peak_bytes=10**9, seconds=400.0,
+    )  # fmt: skip
+    data = plan_text.Data(pictures=20, captions=20, buckets=(), remarks=())
+    encoding = plan_text.Encoding(data=data, text_encoder="e", to_hash_bytes=0, entries={}, captions=phase, images=None)
+    (line,) = plan_text._encode(encoding)
+    assert "in 4 passes, 5 captions and about 2 min each: what a kill can lose at most" in line
