@@ -65,5 +65,6 @@ def _norm(first: Factors | None, second: Factors | None = None) -> float:
         return 0.0
     a = np.concatenate([np.asarray(part.a, np.float64) for part, _ in there])
     b = np.concatenate([sign * part.scale * np.asarray(part.b, np.float64) for part, sign in there], axis=1)
-    squared = float(np.sum((b.T @ b) * (a @ a.T)))
-    return math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
+    return math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
