@@ -13,7 +13,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from flux2_relay.cache.errors import RelayError
-from flux2_relay.stages import blas, figures
+from flux2_relay.stages import blas, figures, memory
 from flux2_relay.stages.device_errors import in_plain_words
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
@@ -34,6 +34,7 @@ from flux2_relay.stages.train.transformer import Transformer, load_transformer, 
 _WARM_UP = 2  # steps in which kernels are compiled and buffers are made
 _WORTH_A_LOOK = 50  # steps from which on the short acceptance test costs next to nothing
 _CACHE_BYTES = 1 << 30  # freed buffers kept for reuse; without a limit they grow with every new shape
+_CACHE_OF_STREAMS = 1 << 26  # on a CPU, where blocks come and go, more would only keep blocks that are done with
 
 
 def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal) -> int:
@@ -114,7 +115,8 @@ def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float
 
     `pace` gets the seconds of each step.
     """
-    mx.set_cache_limit(_CACHE_BYTES)
+    is_streamed = isinstance(transformer.residence, Streamed) and not memory.is_gpu()
+    mx.set_cache_limit(_CACHE_OF_STREAMS if is_streamed else _CACHE_BYTES)
     body, held_out = validation.split(job.record.body, job.validation.fraction)
     contexts = open_contexts(job.store, body, transformer.spec.context_width)
     under_way = Run(

@@ -17,7 +17,7 @@ from flux2_relay.pipeline.config import flat, load_config
 Changes = Mapping[str, Mapping[str, object]]
 Check = Callable[[Project, Project], bool]
 STEPS = ["000001", "000002", "000003"]
-SECTIONS = ("lora", "train", "save", "validation", "previews", "log")
+SECTIONS = ("lora", "train", "memory", "save", "validation", "previews", "log")
 BASE = {
     "train": {"steps": 3, "caption_dropout": 0.0, "lr": 0.01},
     "lora": {"rank": 2, "targets": "attention"},
@@ -101,6 +101,15 @@ def lines(project: Project, name: str) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def log(project: Project) -> str:
+    return (project.run / "log.txt").read_text()
+
+
+def streamed(project: Project) -> bool:
+    assert ("all blocks resident" in log(project)) != ("blocks resident" in log(project).replace("all blocks", ""))
+    return "all blocks resident" not in log(project)
+
+
 def saved_as(project: Project) -> set[mx.Dtype]:
     values = mx.load(str(project.run / "adapter.safetensors"))
     assert isinstance(values, dict)
@@ -146,6 +155,17 @@ KEYS = {
     ),
     "train.ema": Key(0.9, lambda a, b: [(p.run / "adapter_ema.safetensors").exists() for p in (a, b)] == [0, 1]),
     "train.dtype": Key("bfloat16", another_loss),
+    "memory.budget": Key(3_000_000, lambda a, b: (streamed(a), streamed(b)) == (False, True)),
+    "memory.bits": Key(
+        8, lambda a, b: another_loss(a, b) and (" 8 bit" in log(b), " 8 bit" in log(a)) == (True, False)
+    ),
+    "memory.stream": Key(
+        "always",
+        lambda a, b: (streamed(a), streamed(b)) == (False, True) and same(a, b, "loss"),
+    ),
+    "memory.copy": Key(
+        "COPY", lambda a, b: len(list((b.folder.parent / "copy").iterdir())) == 4, {"memory": {"bits": 8}}
+    ),
     "save.every": Key(2, lambda a, b: [names(p, "checkpoints") for p in (a, b)] == [STEPS, STEPS[1:]]),
     "save.keep": Key(1, lambda a, b: (len(names(a, "checkpoints")), len(names(b, "checkpoints"))) == (3, 1)),
     "save.dtype": Key("float16", lambda a, b: (saved_as(a), saved_as(b)) == ({mx.float32}, {mx.float16})),
@@ -196,12 +216,15 @@ def known() -> dict[str, Project]:
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_the_key_changes_what_it_should(encoded: Callable[..., Project], known: dict, name: str) -> None:
+def test_the_key_changes_what_it_should(
+    encoded: Callable[..., Project], known: dict, name: str, tmp_path: Path
+) -> None:
     one, (section, key) = KEYS[name], name.split(".")
     before = known.get(repr(one.both)) or trained(encoded, merged(BASE, one.both), name in ENCODED_ANEW)
     known[repr(one.both)] = before
     assert flat(load_config(before.config))[name] != one.value
     value = str(before.run / "adapter.safetensors") if one.value == "INIT" else one.value
+    value = str(tmp_path / "copy") if one.value == "COPY" else value
     after = trained(encoded, merged(BASE, one.both, {section: {key: value}}), name in ENCODED_ANEW)
     assert one.holds(before, after)
 

@@ -219,3 +219,13 @@ def test_other_types_and_rules_run(encoded: Callable[..., Project], train: dict,
     assert outcome.status == 0, outcome.said
     assert {value.dtype for value in adapter(project).values()} == {mx.bfloat16}
     assert "8 bit" in outcome.said
+
+
+def test_streamed_blocks_are_not_kept_in_the_cache_of_freed_buffers(encoded: Callable[..., Project]) -> None:
+    """Their memory goes back to the system; where all is resident, temporaries are worth keeping."""
+    limits = []
+    for stream in ("always", "never"):
+        project = encoded(memory={"stream": stream, "bits": 32}, previews={"every": 0})
+        assert project.relay("train", "--max-steps", 1).status == 0
+        limits.append(mx.set_cache_limit(1 << 30))
+    assert limits == [1 << 26, 1 << 30]

@@ -1,0 +1,259 @@
+"""Reading beside training: `python tests/bench/bench_training.py [--only streamed|waiting] [--small]`.
+
+Random weights of width 1024 (2 + 6 blocks, float32, rank 16, 256 image and 128 text tokens) on the CPU, through the
+loop that `relay train` runs; each measurement in a process of its own. `streamed`: the base read from disk block by
+block at every step, with the page cache emptied of it before each pass where the system allows that, against the same
+reads without a step and the same step with all blocks in memory. `waiting`: the share of a step of batch 4 that it
+waits for data, from a store of 10,000 entries. `--small` only shows that the script works.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+THREADS = os.cpu_count() or 1
+ROWS, SIDE, CONTEXT = 128, 16, 1024
+CONFIG = {"num_layers": 2, "num_single_layers": 6, "num_attention_heads": 8, "attention_head_dim": 128}
+CONFIG |= {"axes_dims_rope": [32, 32, 32, 32], "joint_attention_dim": CONTEXT, "guidance_embeds": False}
+SMALL = {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 2}
+ALLOWED = 300e6  # bytes of the process beside blocks, adapters and activations
+STEPS, WARM_UP = 6, 2
+
+
+@dataclass(slots=True)
+class Lines:
+    """A journal in memory."""
+
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Keep one step's metrics."""
+        self.steps.append(line)
+
+    def write_validation(self, line: Mapping[str, Any]) -> None:
+        """Nothing is held out."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing was written before."""
+
+    def say(self, sentence: str) -> None:
+        """Nobody listens."""
+
+
+def make_model(folder: Path, config: Mapping[str, Any]) -> None:
+    """A transformer's folder with random weights, a file a block, so that each can be read from disk alone."""
+    import mlx.core as mx
+
+    from flux2_relay.stages import spec
+    from flux2_relay.stages.train.transformer import tensor_shapes
+
+    place = folder / "transformer"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(config))
+    files: dict[str, dict[str, mx.array]] = {}
+    for name, shape in tensor_shapes(spec.read_transformer_spec(place)).items():
+        value = mx.random.normal(shape) * shape[-1] ** -0.5 if len(shape) == 2 else mx.ones(shape)
+        files.setdefault(".".join(name.split(".")[:2]) if "blocks" in name else "outer", {})[name] = value
+    for file, values in files.items():
+        mx.save_safetensors(str(place / f"{file}.safetensors"), values)
+
+
+def make_store(path: Path, entries: int) -> dict[str, Any]:
+    """A store of so many entries, a tenth of them captions -> the body of a set of all of them."""
+    import numpy as np
+
+    from flux2_relay import cache
+
+    store, draw = cache.open(path, "a"), np.random.default_rng(0)
+    captions = max(1, entries // 10)
+    texts = [
+        store.publish("text", {"n": n, "max_length": ROWS}, draw.standard_normal((ROWS, CONTEXT), np.float32), {})
+        for n in range(captions)
+    ]
+    samples = []
+    for n in range(entries - captions):
+        key = store.publish("latents", {"n": n}, draw.standard_normal((SIDE, SIDE, 128), np.float32), {})
+        latents = {"key": key, "h": SIDE, "w": SIDE, "references": [], "mask": None}
+        samples.append(
+            {"id": str(n), "text": [texts[n % captions]], "latents": [latents], "repeats": 1, "prior": False}
+        )
+    return {"shared": {"empty": texts[0], "prefix": None, "pad": None}, "samples": samples, "prompts": []}
+
+
+def job_of(folder: Path, batch: int, stream: str, steps: int) -> Any:
+    """What `relay train` would be asked to do."""
+    from flux2_relay import cache
+    from flux2_relay.cache.sets import SetRecord
+    from flux2_relay.stages.train import options
+    from flux2_relay.stages.train.job import Job
+
+    body = json.loads((folder / "set.json").read_text())
+    return Job(
+        store=cache.open(folder / "store.zarr"),
+        record=SetRecord(key="0" * 64, body=body, made={}),
+        folder=Path(tempfile.mkdtemp(dir=folder)),
+        seed=0,
+        lora=options.LoraOptions(rank=16),
+        train=options.TrainOptions(steps=steps, batch=batch, dtype="float32"),
+        validation=options.ValidationOptions(),
+        save=options.SaveOptions(every=10**6),
+        previews=options.PreviewOptions(every=0),
+        memory=options.MemoryOptions(bits=32, stream=stream, budget=10**12),  # pyright: ignore[reportArgumentType]
+        distilled=False,
+        metadata={},
+        config={},
+        resume=False,
+        max_steps=None,
+        stop=lambda: False,
+    )
+
+
+def load(folder: Path, job: Any, journal: Lines) -> tuple[Any, Any]:
+    """The transformer as the plan has it without kept projections, and that plan."""
+    from flux2_relay.stages import folders, spec
+    from flux2_relay.stages.train import loop
+
+    places = folders.find(str(folder / "model"))
+    of = spec.read_transformer_spec(places.transformer)
+    plan = loop.layout_of(job, of)
+    parts = {name: size for name, size in plan.parts.items() if name != "kept projections"}
+    plan = replace(plan, keep=0, parts=parts)
+    return loop.load(job, places, of, plan, journal), plan
+
+
+def forget(folder: Path) -> None:
+    """Empty the page cache of the weights, where the system offers that."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in (folder / "model/transformer").glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def train(folder: Path, stream: str, batch: int, steps: int) -> dict[str, float]:
+    """Steps of the loop: median seconds, share of waiting, peak resident size and what it may be."""
+    from flux2_relay.stages.measure import peak_resident_bytes
+    from flux2_relay.stages.train import layout, loop
+
+    journal = Lines()
+    job = job_of(folder, batch, stream, steps)
+    model, plan = load(folder, job, journal)
+    if stream == "always":
+        announce = model.residence.announce
+        model.residence.announce = lambda order: (forget(folder), announce(order))
+    loop.train(job, model, journal)
+    model.residence.close()
+    lines = journal.steps[WARM_UP:]
+    block = max(layout.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks))
+    beside = sum(plan.parts[name] for name in ("adapter, gradients, moments", "block inputs", "one block's work"))
+    busy, waited = (sum(line[name] for line in lines) for name in ("seconds", "wait_seconds"))
+    return {
+        "seconds": statistics.median(line["seconds"] + line["wait_seconds"] for line in lines),
+        "waiting": waited / (busy + waited),
+        "resident_bytes": peak_resident_bytes(),
+        "allowed_bytes": 3 * block + beside + ALLOWED,
+        "blocks_bytes": sum(layout.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks)),
+    }
+
+
+def read(folder: Path) -> dict[str, float]:
+    """The reads of a step without the step."""
+    journal = Lines()
+    model, _ = load(folder, job_of(folder, 1, "always", 1), journal)
+    order, seconds = [*range(model.spec.blocks), *reversed(range(model.spec.blocks))], []
+    for _ in range(STEPS):
+        forget(folder)
+        started = time.perf_counter()
+        model.residence.announce(order)
+        for place in order:
+            model.residence.weights(place)
+        seconds.append(time.perf_counter() - started)
+    model.residence.close()
+    return {"seconds": statistics.median(seconds[WARM_UP:])}
+
+
+MEASURED: dict[str, Callable[[Path], dict[str, float]]] = {
+    "read": read,
+    "resident": lambda folder: train(folder, "never", 1, STEPS),
+    "streamed": lambda folder: train(folder, "always", 1, STEPS),
+    "waiting": lambda folder: train(folder, "never", 4, 2 * STEPS),
+}
+
+
+def in_a_process(what: str, folder: Path) -> dict[str, float]:
+    """One measurement."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--child", what, str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def streamed(folder: Path, runs: int) -> None:
+    """Reads, resident and streamed steps in turn; medians."""
+    found: dict[str, list[dict[str, float]]] = {"read": [], "resident": [], "streamed": []}
+    for _ in range(runs):
+        for what, results in found.items():
+            results.append(in_a_process(what, folder))
+    seconds = {what: statistics.median(one["seconds"] for one in results) for what, results in found.items()}
+    one = found["streamed"][-1]
+    most = max(run["resident_bytes"] for run in found["streamed"])
+    longer = max(seconds["read"], seconds["resident"])
+    print(
+        f"streamed: step {seconds['streamed']:.3g} s; reading alone {seconds['read']:.3g} s, all blocks resident "
+        f"{seconds['resident']:.3g} s: {seconds['streamed'] / longer:.2f} x the longer (at most 1.15); peak resident "
+        f"size {most / 1e6:.0f} MB of at most {one['allowed_bytes'] / 1e6:.0f} MB, with "
+        f"{max(run['resident_bytes'] for run in found['resident']) / 1e6:.0f} MB resident "
+        f"(blocks {one['blocks_bytes'] / 1e6:.0f} MB)",
+        flush=True,
+    )
+
+
+def waiting(folder: Path, entries: int) -> None:
+    """One run over a large store."""
+    found = in_a_process("waiting", folder)
+    print(
+        f"waiting: {found['waiting']:.2%} of a step of {found['seconds']:.3g} s, batch 4, {entries:,} entries "
+        "(at most 1 %)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Make model and stores, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=["streamed", "waiting"])
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    import flux2_relay.stages  # noqa: F401 - loads a BLAS before MLX
+
+    if arguments.child:
+        what, folder = arguments.child
+        print(json.dumps(MEASURED[what](Path(folder))))
+        return
+    print(f"{THREADS} threads, load {os.getloadavg()[0]:.1f}, {arguments.runs} runs each in turn, medians")
+    entries = {"streamed": 40, "waiting": 200 if arguments.small else 10_000}
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model(Path(scratch) / "model", {**CONFIG, **(SMALL if arguments.small else {})})
+        for what in [arguments.only] if arguments.only else entries:
+            folder = Path(scratch) / what
+            folder.mkdir()
+            (folder / "model").symlink_to(Path(scratch) / "model")
+            (folder / "set.json").write_text(json.dumps(make_store(folder / "store.zarr", entries[what])))
+            streamed(folder, arguments.runs) if what == "streamed" else waiting(folder, entries[what])
+
+
+if __name__ == "__main__":
+    main()
