@@ -1,6 +1,8 @@
 """What the commands of `relay cache` do: one call into the store each, the answer as text or as JSON."""
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,7 +73,7 @@ def ls(where: Where, kind: str | None, as_json: bool) -> None:
             ]
             for e in entries
         ]
-        print_table(["kind", "key", "shape", "type", "stored", "in sets", "of"], rows)
+        print_table(["kind", "key", "shape", "type", "stored", "in sets", "of"], rows, may_cut=True)
     if not sets and not entries:
         click.echo(f"{store.name} holds nothing of that kind")
 
@@ -250,9 +252,16 @@ def print_json(value: Mapping[str, object]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as they must be; numbers to the right."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]], may_cut: bool = False) -> None:
+    """Columns as wide as they must be; numbers to the right.
+
+    `may_cut` shortens the last column to the terminal's width, where there is a terminal.
+    """
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    if may_cut and sys.stdout.isatty():
+        before = sum(max(len(row[column]) for row in cells) + 2 for column in range(len(header) - 1))
+        room = max(8, shutil.get_terminal_size().columns - before)
+        cells = [[*row[:-1], cut(row[-1], room)] for row in cells]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [all(isinstance(row[column], int) for row in rows) for column in range(len(header))]
     for row in cells:

@@ -61,12 +61,18 @@ def known(as_json: bool) -> None:
         print_json({"hugging_face_cache": str(hub.cache_folder()), "models": list(map(asdict, models))})
         return
     rows = [
-        [m.name, m.repository, f"{m.parameters / 1e9:.1f} B", "yes" if m.distilled else "no", m.text_encoder, _here(m)]
+        [m.name, f"{m.parameters / 1e9:.1f} B", "yes" if m.distilled else "no", m.text_encoder, _here(m)]
         for m in models
     ]
-    print_table(["model", "repository", "transformer", "distilled", "text encoder", "in the Hugging Face cache"], rows)
+    print_table(["model", "transformer", "distilled", "text encoder", "on this machine"], rows)
+    for model in models:
+        is_whole = model.snapshot is not None and not model.missing
+        click.echo(f"{model.name}: {model.repository}" + ("" if is_whole else f"\n  {download_all(model.name)}"))
+    click.echo()
     click.echo(f"The Hugging Face cache is {hub.cache_folder()}; nothing is downloaded by this program.")
-    click.echo("model.path takes a repository of it by id, a folder, or a single file: relay models --path PLACE")
+    click.echo(
+        "model.path takes one of its repositories, a folder, or a single file;\n`relay models --path PLACE` looks into it."
+    )
 
 
 def _known(name: str) -> KnownModel:
@@ -87,7 +93,7 @@ def _known(name: str) -> KnownModel:
 
 def _here(model: KnownModel) -> str:
     if model.snapshot is None:
-        return f"no: {download_all(model.name)}"
+        return "no"
     return "without " + ", ".join(model.missing) if model.missing else "whole"
 
 

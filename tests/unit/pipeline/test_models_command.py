@@ -42,7 +42,7 @@ def test_the_catalogue_says_what_is_here(dev: Path, no_hub: Path) -> None:
     assert told["hugging_face_cache"] == str(no_hub)
     said = relay("models").said
     assert "without vae" in said
-    assert "no: hf download black-forest-labs/FLUX.2-klein-base-4B --exclude flux-2-klein-base-4b.safetensors" in said
+    assert "hf download black-forest-labs/FLUX.2-klein-base-4B --exclude flux-2-klein-base-4b.safetensors" in said
 
 
 def single_file(dev: Path, folder: Path) -> Path:

@@ -1,0 +1,75 @@
+"""What is printed fits a terminal of 80 columns, and every table can be had as JSON."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+
+import pytest
+
+from flux2_relay.pipeline import cache_commands
+from flux2_relay.pipeline.cli import cli, main
+
+TABLES = ["plan", "models", "check", "import", "bench"]
+
+
+class Terminal(io.StringIO):
+    """Eighty columns of it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def eighty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # wins over the size of whatever the tests run in
+
+
+def printed(*arguments: object, on: type[io.StringIO] = Terminal) -> str:
+    with redirect_stdout(on()) as terminal, suppress(SystemExit):
+        main(list(map(str, arguments)))
+    return terminal.getvalue()
+
+
+@pytest.mark.parametrize("name", [*TABLES, *(f"cache {name}" for name in cli.commands["cache"].commands)])  # pyright: ignore
+def test_what_prints_a_table_prints_json(name: str) -> None:
+    command = cli
+    for word in name.split():
+        command = command.commands[word]  # pyright: ignore
+    assert any("--json" in option.opts for option in command.params)
+
+
+@pytest.mark.usefixtures("eighty")
+def test_entries_fit_and_are_whole_where_they_are_piped(encoded_store: Path) -> None:
+    lines = printed("cache", "ls", "--store", encoded_store).splitlines()
+    assert 40 < max(map(len, lines)) <= 80
+    piped = printed("cache", "ls", "--store", encoded_store, on=io.StringIO)
+    assert "…" not in piped
+    assert "'a red fox number 1'" in piped
+    assert json.loads(printed("cache", "ls", "--store", encoded_store, "--json"))["entries"]
+
+
+@pytest.mark.usefixtures("eighty")
+def test_the_catalogue_and_the_size_of_a_store_fit(encoded_store: Path) -> None:
+    for arguments in (["models"], ["cache", "stats", "--store", encoded_store]):
+        lines = printed(*arguments).splitlines()
+        # A command is not broken, and neither is a path.
+        assert not [line for line in lines if len(line) > 80 and "hf download" not in line and "/" not in line]
+
+
+@pytest.mark.parametrize("name", list(cli.commands))
+def test_help_fits(name: str) -> None:
+    lines = printed(name, "-h", on=io.StringIO).splitlines()
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_last_column_is_cut_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    with redirect_stdout(Terminal()) as terminal:
+        cache_commands.print_table(["a", "b"], [["x" * 5, "y" * 50]], may_cut=True)
+    assert terminal.getvalue().splitlines()[1] == f"{'x' * 5}  {'y' * 12}…"
+    with redirect_stdout(io.StringIO()) as pipe:
+        cache_commands.print_table(["a", "b"], [["x" * 5, "y" * 50]], may_cut=True)
+    assert "y" * 50 in pipe.getvalue()
+    assert sys.stdout is not terminal
