@@ -16,11 +16,15 @@ _held: list[str] = []
 
 
 def in_turn(
-    name: str, work: Callable[[], Result], say: Callable[[str], None], predicted_bytes: int | None = None
+    name: str,
+    work: Callable[[], Result],
+    say: Callable[[str], None],
+    predicted_bytes: int | None = None,
+    predicted_seconds: float | None = None,
 ) -> Result:
     """Run `work`, which loads the model `name` and lets go of it when it returns; say what memory that took.
 
-    `predicted_bytes` is the peak that was planned for, told beside the measured one.
+    The peak and the time that were predicted are told beside those measured.
     Peak memory is the larger model, never the sum: a second model while one is held is a mistake of ours.
     """
     if _held:
@@ -34,9 +38,10 @@ def in_turn(
         _held.clear()
         peak = mx.get_peak_memory()
         planned = "" if predicted_bytes is None else f" (predicted {measure.in_words(predicted_bytes)})"
+        of_time = "" if predicted_seconds is None else f" (predicted {predicted_seconds:.1f} s)"
         release()
         say(
-            f"{name} released after {time.perf_counter() - started:.1f} s; arrays: "
+            f"{name} released after {time.perf_counter() - started:.1f} s{of_time}; arrays: "
             f"{measure.in_words(before)} before, {measure.in_words(peak)} at the peak{planned}, "
             f"{measure.in_words(mx.get_active_memory())} now; process: {measure.in_words(measure.resident_bytes())} now"
         )

@@ -217,7 +217,14 @@ def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: 
     layout = text_layout(spec, job.encode, job.budget_bytes, tensors)
     costs = [tokenizer.cost(str(key["caption"])) for key in wants.values() if key["caption"] is not None]
     work = partial(_encode_text, job, tokenizer, wants, layout, packing)
-    return in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)))
+    pace = figures.recall("text tokens", pace_of_text(_encoder_of(wants), job.encode, layout))
+    seconds = sum(costs) / pace.per_second if pace else None
+    return in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)), seconds)
+
+
+def _encoder_of(wants: TextWants) -> object:
+    """The identity of the encoder that all of them are of."""
+    return next(iter(wants.values()))["encoder"]
 
 
 def _encode_text(
@@ -255,7 +262,7 @@ def _encode_text(
                 made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
                 writer.put("text", by_caption[captions[index]][1], _stored(rows, job.text_dtype), made)
                 encoded.append(encoder.cost(captions[index]))
-    pace = pace_of_text(next(iter(wants.values()))["encoder"], job.encode, layout)
+    pace = pace_of_text(_encoder_of(wants), job.encode, layout)
     figures.note("text tokens", pace, sum(encoded), time.perf_counter() - started)
     return len(encoded)
 
@@ -286,7 +293,10 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
 
 def _latents_in_turn(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
     _, peak = vae.encoder_peak(spec, largest_of(wants.values()), job.budget_bytes)
-    return in_turn("VAE encoder", partial(_encode_latents, job, spec, wants), job.say, peak)
+    pace = figures.recall("pixels", pace_of_vae(spec))
+    pixels = sum(prod(want.placement.crop[2:]) for want in wants.values())
+    seconds = pixels / pace.per_second if pace else None
+    return in_turn("VAE encoder", partial(_encode_latents, job, spec, wants), job.say, peak, seconds)
 
 
 def largest_of(wants: Iterable[LatentsWant]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,10 @@ def test_times_are_known_once_they_were_measured(dev: Path, pictures: Path, tmp_
     assert second["encoding"]["images"]["seconds"] > 0
     assert second["training"]["seconds"] > 0
     assert "not known" not in project.relay("plan").said
+    said = project.relay("encode").said
+    for name, phase in (("text encoder", "captions"), ("VAE encoder", "images")):
+        seconds = second["encoding"][phase]["seconds"]
+        assert re.search(rf"{name} released after [\d.]+ s \(predicted {seconds:.1f} s\)", said), said
 
 
 def test_a_figure_belongs_to_its_circumstances(monkeypatch: pytest.MonkeyPatch) -> None:
