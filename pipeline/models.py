@@ -70,9 +70,8 @@ def known(as_json: bool) -> None:
         click.echo(f"{model.name}: {model.repository}" + ("" if is_whole else f"\n  {download_all(model.name)}"))
     click.echo()
     click.echo(f"The Hugging Face cache is {hub.cache_folder()}; nothing is downloaded by this program.")
-    click.echo(
-        "model.path takes one of its repositories, a folder, or a single file;\n`relay models --path PLACE` looks into it."
-    )
+    click.echo("model.path takes one of its repositories, a folder, or a single file;")
+    click.echo("`relay models --path PLACE` looks into it.")
 
 
 def _known(name: str) -> KnownModel:
