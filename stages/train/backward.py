@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
+from flux2_relay.stages import kernels
 from flux2_relay.stages.quantize import dense
 from flux2_relay.stages.train import blocks
 from flux2_relay.stages.train.blocks import (
@@ -107,21 +108,53 @@ def through_gated(wide: mx.array, cotangent: mx.array) -> list[mx.array]:
     gate, up = (x.astype(mx.float32) for x in split(wide, 2, axis=-1))
     g, share = cotangent.astype(mx.float32), mx.sigmoid(gate)
     results = gate * share * up, g * up * share * (1 + gate * (1 - share)), g * gate * share
-    return [x.astype(wide.dtype) for x in results]
+    out, of_gate, of_up = (x.astype(wide.dtype) for x in results)
+    # One kernel instead of several: compiled, outputs are only fused where one depends on the others. Never chosen.
+    return [out, mx.where(share > 2, out + of_up, of_gate), of_up]
+
+
+def single_through_gated(wide: mx.array, cotangent: mx.array, sizes: Sizes) -> list[mx.array]:
+    """The same of a single block's fused projection."""
+    return through_gated(blocks.single_parts(wide, sizes)[1], cotangent)
 
 
 def through_attention(query: mx.array, key: mx.array, value: mx.array, cotangent: mx.array) -> list[mx.array]:
     """Attention once more, and the cotangents of q, k and v; all [B, heads, rows, d]."""
-    outputs, pulled = mx.vjp(lambda *qkv: [blocks.attention(*qkv)], [query, key, value], [cotangent])
+    outputs, pulled = mx.vjp(lambda *qkv: [kernels.attention(*qkv)], [query, key, value], [cotangent])
     return [outputs[0], *pulled]
 
 
-def through_turned_heads(
-    wide: Sequence[mx.array], scales: Sequence[Norms], rotary: Rotary, eps: float, cotangents: Sequence[mx.array]
+def attention_inputs(
+    wide: Sequence[mx.array], scales: Sequence[Norms], rotary: Rotary, sizes: Sizes, cotangents: Sequence[mx.array]
 ) -> list[mx.array]:
-    """The cotangents of the projections [B, rows, 3D] of each stream, from those of q, k and v."""
-    _, pulled = mx.vjp(lambda *w: blocks.turned_heads(w, scales, rotary, eps), list(wide), list(cotangents))
-    return pulled
+    """q, k, v once more, and the cotangent of attention's output as heads; all [B, N, rows, d]."""
+    heads = blocks.turned_heads(wide, scales, rotary, sizes)
+    return [*heads, blocks.heads_of(_joined(list(cotangents), axis=1), scales[0][0].shape[0])]
+
+
+def through_turned_heads(
+    wide: Sequence[mx.array],
+    scales: Sequence[Norms],
+    rotary: Rotary,
+    sizes: Sizes,
+    parts: Sequence[Sequence[mx.array]],
+) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
+    """From attention's output and the cotangents of q, k and v, each cut by heads: what each stream has of them.
+
+    The output [B, rows, D], the cotangents of q and k side by side [B, rows, 2D] and that of v [B, rows, D].
+    """
+    out, query, key, value = (_joined(list(part), axis=1) for part in parts)
+    both = mx.stack([query.swapaxes(1, 2), key.swapaxes(1, 2)], axis=2)
+    rows = list(accumulate(x.shape[1] for x in wide))[:-1]
+    streams = [split(x, rows, axis=1) if rows else [x] for x in (both, blocks.rows_of(value), blocks.rows_of(out))]
+    found, tables = [], blocks.stream_tables(wide, rotary)
+    for projected, norms, table, pair, of_value in zip(wide, scales, tables, *streams[:2], strict=True):
+        cos, _, back = blocks.turning(norms, table)
+        inside, _ = blocks.paired(projected, norms[0].shape[0], sizes)
+        turned = blocks.turn(pair, cos, back)
+        _, (pulled,) = mx.vjp(lambda x: [mx.fast.rms_norm(x, None, sizes.eps)], [inside], [turned])
+        found.append((pulled.reshape(*pulled.shape[:2], -1), of_value))
+    return streams[2], found
 
 
 def through_leave(gate: mx.array, layer: Linear, cotangent: mx.array, columns: int) -> list[mx.array | None]:
@@ -171,16 +204,15 @@ class Backward:
         wide = blocks.single_start(run, block, hidden, modulation) if kept is None else kept
         layer = block.layer(SINGLE_OUT)
         gated, inner, low = run(through_leave, modulation[2], layer, cotangent, sizes.hidden + sizes.mlp)
-        qkv, mlp = run(blocks.single_parts, wide, sizes)
         of_attention, of_mlp = split(inner, [sizes.hidden], axis=-1)
         # Attention first, while the MLP's cotangents are not there yet; and each array goes once it was used.
-        outs, of_qkv = self._attention([qkv], [block.norms(SINGLE_NORMS)], [of_attention], sizes)
-        del wide, qkv, inner, of_attention
-        activated, of_gate, of_up = run(through_gated, mlp, of_mlp)
-        del mlp, of_mlp
+        outs, ((of_both, of_value),) = self._attention([wide], [block.norms(SINGLE_NORMS)], [of_attention], sizes)
+        del inner, of_attention
+        activated, of_gate, of_up = run(single_through_gated, wide, of_mlp, sizes)
+        del wide, of_mlp
         self._note(gradients, block, SINGLE_OUT, [outs[0], activated], [gated], low)
         del outs, activated, gated
-        cotangents, residual = [of_qkv[0], of_gate, of_up], cotangent if need_input else None
+        cotangents, residual = [of_both, of_value, of_gate, of_up], cotangent if need_input else None
         return gradients, self._enter(gradients, block, [(SINGLE_IN, cotangents)], hidden, modulation, residual)
 
     def double(
@@ -210,7 +242,8 @@ class Backward:
         del outs, leaving
         pulled = []
         for place, names in enumerate(STREAMS):
-            parts = split(of_wide[place], 3, axis=-1)
+            of_both, of_value = of_wide[place]
+            parts = [*split(of_both, 2, axis=-1), of_value]
             layers = [(name, [part]) for name, part in zip(names.qkv, parts, strict=True)]
             residual = past[place] if need_input else None
             pulled.append(self._enter(gradients, block, layers, streams[place], modulation[place], residual))
@@ -278,10 +311,9 @@ class Backward:
         scales: Sequence[Norms],
         cotangents: Sequence[mx.array],
         sizes: Sizes,
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """Attention's output for each stream, and the cotangents of each stream's projections."""
-        heads = self.run(blocks.turned_heads, wide, scales, self.rotary, sizes.eps)
-        heads = [*heads, self.run(joined_heads, cotangents, heads[0].shape[-1])]
+    ) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
+        """Attention's output for each stream, and the cotangents of its q and k, and of its v."""
+        heads = self.run(attention_inputs, wide, scales, self.rotary, sizes, cotangents)
         step = self.heads or heads[0].shape[1]
         places = list(range(step, heads[0].shape[1], step))
         chunks = list(zip(*(split(x, places, axis=1) if places else [x] for x in heads), strict=True))
@@ -289,18 +321,6 @@ class Backward:
         parts = []
         while chunks:
             parts.append(self.run(through_attention, *chunks.pop(0)))
-        out, *of_qkv = (_joined(list(part), axis=1) for part in zip(*parts, strict=True))
+        by_kind = [list(part) for part in zip(*parts, strict=True)]
         del parts
-        outs = self.run(split_rows, out, [x.shape[1] for x in wide])
-        return outs, self.run(through_turned_heads, wide, scales, self.rotary, sizes.eps, of_qkv)
-
-
-def joined_heads(cotangents: Sequence[mx.array], width: int) -> mx.array:
-    """Streams [B, rows, D] one below the other, as heads [B, N, T + L, d]."""
-    return blocks.heads_of(_joined(list(cotangents), axis=1), width)
-
-
-def split_rows(out: mx.array, rows: Sequence[int]) -> list[mx.array]:
-    """Heads [B, N, T + L, d] -> [B, rows, D] for each stream."""
-    flat = blocks.rows_of(out)
-    return split(flat, list(accumulate(rows))[:-1], axis=1) if len(rows) > 1 else [flat]
+        return self.run(through_turned_heads, wide, scales, self.rotary, sizes, by_kind)

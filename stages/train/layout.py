@@ -6,7 +6,7 @@ of `backward.py` (docs/performance.md says how), and the run prints the predicti
 Letters: R rows of a step's pass (batch times text and image tokens), D hidden, M MLP width, N heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from flux2_relay.stages.train.options import MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import resident_places
 from flux2_relay.stages.train.transformer import block_path, block_shapes, outer_shapes
 
-_ON_CPU, _ON_GPU = ((51, 2.5), (36, 4.2)), ((51, 2.5),)
+_ON_CPU, _ON_GPU = ((57, 2.5), (36, 4.2)), ((51, 2.5),)
 """What a block's backward pass holds beside inputs and kept tensors at the moments when that is most: arrays of
 [R, D], and dense copies of the largest matrix where weights are kept in another form than they are used."""
 _ATTENTION_UNITS, _SCORES = 35, 4
@@ -34,7 +34,7 @@ _PACKING_BYTES = 2
 """A weight of a matrix that is packed while its block is read, as the file has it."""
 _MASK_BYTES = 5
 """An element of an adapter's input under dropout: random bits and the mask made of them."""
-_FEWER_PIECES = {True: {3: (0, 0.0), 2: (1, 1.0), 1: (2, 1.6)}, False: {1: (0, 0.0), 0: (7, 1.0)}}
+_FEWER_PIECES = {True: {3: (0, 0.0), 2: (1, 1.0), 1: (2, 1.6)}, False: {1: (0, 0.0), 0: (11, 1.0)}}
 """On a GPU and not: pieces under way, the most first -> arrays and dense copies that this saves."""
 _OPTIMIZER_COPIES = 3
 """Adapter-sized arrays that an update makes beside those that stay."""
@@ -111,14 +111,13 @@ def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[
 def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_bytes: int) -> Layout:
     """The fastest layout whose predicted peak stays under the budget.
 
-    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit, each with fewer pieces
-    in flight where that is what it takes; then what is left goes to kept projections. Explicit settings are obeyed.
-    InputError says the smallest budget that works.
+    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit, 4 bit likewise, each
+    with fewer pieces in flight where that is what it takes; then what is left goes to kept projections. Explicit
+    settings are obeyed. InputError says the smallest budget that works.
     """
     tried = [
         predict(spec, load, bits, resident, pieces=pieces)
-        for bits in _bits(options, load)
-        for resident in _residents(spec, options)
+        for bits, resident in _tries(spec, load, options)
         for pieces in _FEWER_PIECES[memory.is_gpu()]
     ]
     fitting = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
@@ -229,20 +228,21 @@ def kept_bytes(spec: TransformerSpec, load: Load, place: int) -> int:
 
 
 def has_fused_attention(rows: int) -> bool:
-    """Whether attention's gradient has a kernel: on CUDA where the rows divide by 128, nowhere else."""
-    return memory.is_cuda() and rows % 128 == 0
+    """Whether attention's gradient has a kernel: on CUDA, where rows that 128 does not divide are padded."""
+    return memory.is_cuda() and rows > 0
 
 
-def _bits(options: MemoryOptions, load: Load) -> tuple[int, ...]:
-    if options.bits != "auto":
-        return (options.bits,)
-    return (32 if load.item_bytes == 4 else 16, 8)
+def _tries(spec: TransformerSpec, load: Load, options: MemoryOptions) -> Iterator[tuple[int, int]]:
+    """(bits, blocks resident) that may be chosen, the best first.
 
-
-def _residents(spec: TransformerSpec, options: MemoryOptions) -> list[int]:
-    if options.stream == "always":
-        return [0]
-    return [spec.blocks] if options.stream == "never" else list(reversed(range(spec.blocks + 1)))
+    Fewer bits come before streaming: a block that is not held is read twice a step. 4 bit is a last resort.
+    """
+    full, *fewer = (32 if load.item_bytes == 4 else 16, 8, 4) if options.bits == "auto" else (options.bits,)
+    if options.stream != "always":
+        yield from ((bits, spec.blocks) for bits in (full, *fewer[:1]))
+    if options.stream != "never":
+        most = 0 if options.stream == "always" else spec.blocks
+        yield from ((bits, resident) for bits in fewer or (full,) for resident in reversed(range(most + 1)))
 
 
 def _is_made_dense(load: Load, bits: int) -> bool:

@@ -6,15 +6,20 @@ equals torch's. All of it is float32: weights, gradients, moments.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
 from flux2_relay.cache.errors import InputError
+from flux2_relay.stages import memory
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.prodigy import Prodigy
 
 Parameters = dict[str, mx.array]
+State = dict[str, Any]
+_COMPILED = ("adamw", "lion")
+"""Rules that are compiled on a GPU, where hundreds of adapters mean thousands of small kernels an update."""
 _MARK = "|"  # between a parameter's name and the name of its moment; no tensor name has it
 
 
@@ -26,14 +31,20 @@ class Optimizer:
         self._options = options
         self._rule = _rule(options)
         self._rule.init(dict(parameters))
+        self._apply = mx.compile(self._applied) if memory.is_gpu() and options.optimizer in _COMPILED else self._applied
         mx.eval(self._rule.state)
 
     def update(self, parameters: Parameters, gradients: Mapping[str, mx.array], step: int) -> Parameters:
         """The parameters after update number `step` (from 0) with the learning rate of that step."""
         self._rule.learning_rate = mx.array(learning_rate(self._options, step), mx.float32)
-        updated = self._rule.apply_gradients(dict(gradients), parameters)
+        updated, self._rule.state = self._apply(parameters, dict(gradients), self._rule.state)
         mx.eval(updated, self._rule.state)
         return updated
+
+    def _applied(self, parameters: Parameters, gradients: Parameters, state: State) -> tuple[Parameters, State]:
+        """The rule as a function of all it depends on, which is what can be compiled."""
+        self._rule.state = state
+        return self._rule.apply_gradients(gradients, parameters), self._rule.state
 
     def state(self) -> Parameters:
         """Everything that the next update depends on, flat."""

@@ -31,7 +31,8 @@ def gradients_of(transformer: Transformer, loaded: Loaded, terms: Terms) -> tupl
         losses.append(loss)
         sigmas += of_pass
     count = len(loaded.passes)
-    return mx.mean(mx.stack(losses)), {name: value / count for name, value in sums.items()}, sigmas
+    means = {name: value / count for name, value in sums.items()} if count > 1 else sums
+    return mx.mean(mx.stack(losses)), means, sigmas
 
 
 def _pass(

@@ -259,13 +259,14 @@ def test_references_change_the_velocity_of_the_target(dev: Path, of: Callable) -
 def test_rotary_turns_by_the_distance_alone() -> None:
     """q and k of two rows give the same product however far both are moved along an axis."""
     sizes = spec.DEV
-    x = mx.random.normal((1, 1, 2, 128), key=mx.random.key(0))
+    x = mx.random.normal((1, 2, 2, 1, 128), key=mx.random.key(0))
     products = []
     for start in (0, 7):
         for axis in range(4):
             ids = np.zeros((2, 4), np.int64)
             ids[:, axis] = start, start + 3
-            turned = np.array(blocks.rotate(x, embeddings.rotary_tables(ids, sizes)))[0, 0]
+            cos, sin, _ = blocks.turning((mx.ones(128), mx.ones(128)), embeddings.rotary_tables(ids, sizes))
+            turned = np.array(blocks.turn(x, cos, sin))[0, :, 0, 0]
             products.append(float(turned[0] @ turned[1]))
     assert_near(np.array(products[4:]), np.array(products[:4]), 1e-5)
     assert len({round(p, 3) for p in products[:4]}) == 4  # and each axis turns its own pairs

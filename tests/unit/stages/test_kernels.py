@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from flux2_relay.stages import kernels, memory
+from flux2_relay.stages.train import blocks
 
 
 @pytest.mark.parametrize("rows", [100, 129])
@@ -31,6 +32,12 @@ def test_a_card_pads_attention_and_nobody_else_does(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "portable", True)
     kernels.attention(x, x, x)
     assert asked == [28]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_swapping_pairs_by_a_product_is_exact(dtype: mx.Dtype) -> None:
+    x = mx.random.normal((5, 64)).astype(dtype)
+    assert mx.array_equal(blocks.swapped(x), blocks.swapped(x.astype(mx.float32)).astype(dtype))
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 64), (8, 32), (6, 64)])

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import mlx.core as mx
 import pytest
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize
-from flux2_relay.stages.spec import TransformerSpec
+from flux2_relay.stages.spec import DEV, TransformerSpec
 from flux2_relay.stages.train import layout, lora, optimizer
 from flux2_relay.stages.train.backprop import loss_and_gradients
 from flux2_relay.stages.train.layout import Layout, Load
@@ -131,6 +132,15 @@ def test_less_budget_means_fewer_bits_before_blocks_are_streamed() -> None:
     roomy, tight = (layout.choose(spec, load, MemoryOptions(stream="never"), budget) for budget in (full, eight))
     assert (roomy.bits, tight.bits) == (32, 8)
     assert layout.choose(spec, load, MemoryOptions(bits=32, stream="always"), 10 * full).resident == 0
+
+
+def test_fewer_bits_are_tried_before_a_wider_base_is_streamed_and_4_bit_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout.memory, "is_gpu", lambda: True)
+    load = Load(batch=1, rows=1536, adapter_bytes=4 * 83_400_000, adapter_copies=4, item_bytes=2, fused_attention=True)
+    plans = [layout.choose(DEV, load, MemoryOptions(), gib * 2**30) for gib in (80, 40, 24, 16, 10, 6)]
+    assert [plan.bits for plan in plans] == [16, 8, 8, 8, 8, 4]
+    assert [plan.streamed for plan in plans] == [False, False, True, True, True, True]
+    assert all(before.resident >= after.resident for before, after in pairwise(plans))
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_works() -> None:
