@@ -12,6 +12,7 @@ init.py         starting from one
 objective.py    noise, sigma, loss
 backprop.py     gradients block by block
 step.py         the gradients of a whole step
+turns.py        several passes taken block by block together
 optimizer.py    the update
 prodigy.py      one that finds its step size
 ema.py          a running mean of the adapter

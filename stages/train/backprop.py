@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from flux2_relay.stages.train import blocks, objective
+from flux2_relay.stages.train import blocks, objective, turns
 from flux2_relay.stages.train.backward import Backward
 from flux2_relay.stages.train.blocks import KeptDouble
 from flux2_relay.stages.train.embeddings import Rotary
@@ -19,6 +19,7 @@ from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.train.transformer import Modulation, Transformer, block_path
+from flux2_relay.stages.train.turns import Way
 
 Gradients = dict[str, mx.array]
 
@@ -36,13 +37,25 @@ def loss_and_gradients(
     sigma [B] in [0, 1], noise [B, L, 128] float32, guidance [B] or None. `options` gives the loss its weighting. A
     mapping holds the fields of `Batch`; references, reference_ids, mask and item_weight only where they are used.
     """
+    return turns.alone(in_turns(transformer, batch, sigma, noise, guidance, options))
+
+
+def in_turns(
+    transformer: Transformer,
+    batch: Batch | Mapping[str, mx.array],
+    sigma: mx.array,
+    noise: mx.array,
+    guidance: mx.array | None,
+    options: TrainOptions | None = None,
+) -> Way[tuple[mx.array, Gradients]]:
+    """`loss_and_gradients` as a way through the blocks, forward numbered 0 … blocks - 1, back blocks … 2 blocks - 1."""
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
     weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
     weight = weight if batch.item_weight is None else weight * batch.item_weight
     tokens, ids = batch.with_references(objective.add_noise(batch.latents, noise, sigma))
     modulation, rotary = transformer.modulation(sigma, guidance), transformer.rotary(ids, batch.text_ids)
     run = _Pass(transformer, modulation, rotary, transformer.pieces)
-    hidden = run.forward(*transformer.embed(tokens, batch.context))
+    hidden = yield from run.forward(*transformer.embed(tokens, batch.context))
     text_rows, rows = batch.context.shape[1], batch.latents.shape[1]
 
     def head(hidden: mx.array) -> mx.array:
@@ -50,7 +63,7 @@ def loss_and_gradients(
         return objective.loss(velocity, batch.latents, noise, weight, batch.mask)
 
     loss, cotangent = mx.value_and_grad(head)(hidden)
-    gradients = run.backward(cotangent, text_rows)
+    gradients = yield from run.backward(cotangent, text_rows)
     transformer.pieces.settle()
     return loss, gradients
 
@@ -64,32 +77,35 @@ class _Pass:
         self.doubles: list[tuple[list[mx.array], KeptDouble | None]] = []
         self.singles: list[tuple[mx.array, mx.array | None]] = []
 
-    def forward(self, text: mx.array, image: mx.array) -> mx.array:
+    def forward(self, text: mx.array, image: mx.array) -> Way[mx.array]:
         """The stream [B, T + L, D] behind the last block; every block's input is noted."""
         model, spec = self.transformer, self.transformer.spec
         first_kept = spec.blocks - model.keep
         model.residence.announce([*range(spec.blocks), *reversed(range(self.first, spec.blocks))])
         streams = [text, image]
         for place in range(spec.double_blocks):
+            yield place
             block = model.block(place)
             following, kept = blocks.double_forward(self.pieces, block, streams, self.modulation.double, self.rotary)
             self.doubles.append((streams, kept if place >= first_kept else None))
             streams = following
-            del kept  # not to be held beside the next block's
+            del kept, block  # not to be held beside the next block's
         hidden = mx.concatenate(streams, axis=1)
         for place in range(spec.double_blocks, spec.blocks):
+            yield place
             block = model.block(place)
             following, wide = blocks.single_forward(self.pieces, block, hidden, self.modulation.single, self.rotary)
             self.singles.append((hidden, wide if place >= first_kept else None))
             hidden = following
-            del wide
+            del wide, block
         return hidden
 
-    def backward(self, cotangent: mx.array, text_rows: int) -> Gradients:
+    def backward(self, cotangent: mx.array, text_rows: int) -> Way[Gradients]:
         """Gradients of all adapters; the passage stops at the first block that has one."""
         model, spec, gradients = self.transformer, self.transformer.spec, {}
         backward = Backward(self.pieces, self.rotary, model.attention_heads)
         for place in reversed(range(max(self.first, spec.double_blocks), spec.blocks)):
+            yield 2 * spec.blocks - 1 - place
             hidden, wide = self.singles.pop()
             found, pulled = backward.single(
                 model.block(place), hidden, wide, self.modulation.single, cotangent, place > self.first
@@ -98,6 +114,7 @@ class _Pass:
             cotangent = cotangent if pulled is None else pulled
         cotangents = blocks.split(cotangent, [text_rows], axis=1)
         for place in reversed(range(self.first, spec.double_blocks)):
+            yield 2 * spec.blocks - 1 - place
             streams, kept = self.doubles.pop()
             found, pulled = backward.double(
                 model.block(place), streams, kept, self.modulation.double, cotangents, place > self.first

@@ -19,7 +19,7 @@ from flux2_relay.stages.train.export import DTYPES, write_diffusers
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.resume import digest_of_data
-from flux2_relay.stages.train.step import Terms, gradients_of
+from flux2_relay.stages.train.step import Found, Terms, gradients_of
 from flux2_relay.stages.train.transformer import Transformer
 from flux2_relay.stages.train.validation import Validation
 
@@ -41,7 +41,7 @@ class Run:
         lora.attach(transformer, job.lora, job.seed)
         self.optimizer = optimizer.Optimizer(job.train, lora.parameters(transformer))
         self.mean = lora.parameters(transformer) if job.train.ema is not None else None
-        self._terms = Terms(job.seed, job.train, job.lora.dropout)
+        self.terms = Terms(job.seed, job.train, job.lora.dropout)
 
     def begin(self) -> int:
         """Take up the newest whole checkpoint, or do what is due before the first step -> steps done."""
@@ -62,7 +62,12 @@ class Run:
     def step(self, loaded: Loaded) -> float | None:
         """One step, its line in the journal, and what is due after it -> its loss, None where it was skipped."""
         started = time.perf_counter()
-        loss, gradients, sigmas = gradients_of(self.transformer, loaded, self._terms)
+        return self.learn(loaded, gradients_of(self.transformer, loaded, self.terms), started)
+
+    def learn(self, loaded: Loaded, found: Found, started: float) -> float | None:
+        """The step whose gradients were `found` since `started`; what `step` does besides finding them."""
+        loss, gradients, sigmas = found
+        del found  # not to be held beside what becomes of them
         gradients, norm = optimizer.clip(gradients, self.job.train.clip)
         is_finite = bool(mx.isfinite(loss + norm).item())
         if is_finite:
