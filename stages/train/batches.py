@@ -58,11 +58,11 @@ class Draw:
 
 
 class Batches:
-    """The order of training: `at(step)` gives the draws of every forward pass of a step."""
+    """The order of training: `at(step)` gives the draws of every forward pass of a step, over all ranks."""
 
-    def __init__(self, body: Mapping[str, object], options: TrainOptions, seed: int) -> None:
+    def __init__(self, body: Mapping[str, object], options: TrainOptions, seed: int, ranks: int = 1) -> None:
         """From a set's body; InputError where it holds nothing to train on."""
-        self._options, self._seed = options, seed
+        self._options, self._seed, self._passes = options, seed, options.accumulate * ranks
         self._empty = body["shared"]["empty"]  # pyright: ignore[reportIndexIssue]
         self._orders: dict[tuple[int, str, int], list[int]] = {}
         self._buckets: dict[tuple[Size, ...], list[Item]] = {}
@@ -77,8 +77,8 @@ class Batches:
         return self._options.prior_weight
 
     def at(self, step: int) -> list[list[Draw]]:
-        """The forward passes of step `step` (from 0): `accumulate` lists of `batch` draws, each of one bucket."""
-        batch, passes = self._options.batch, self._options.accumulate
+        """The forward passes of step `step` (from 0): `accumulate` a rank, each of `batch` draws of one bucket."""
+        batch, passes = self._options.batch, self._passes
         return [
             [self._draw(step, n * batch + i, item) for i, item in enumerate(self._pass(step * passes + n))]
             for n in range(passes)
@@ -141,6 +141,8 @@ class Loaded:
     step: int
     passes: list[tuple[list[Draw], Batch]]
     wait_seconds: float
+    whole: Sequence[list[Draw]] = ()
+    """The draws of the step's passes at all ranks."""
 
 
 class Order(Protocol):
@@ -156,13 +158,18 @@ class Order(Protocol):
         ...
 
 
-def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, last: int) -> Iterator[Loaded]:
-    """The steps `first` … `last` - 1 in order; entries are read in threads, two steps ahead.
+_ALL = slice(None)
 
-    The threads also carry them into MLX's memory, so that a step finds its arrays ready and has only to name what is
-    to be computed of them. What goes wrong in a thread is raised here, in the step that needs the entry.
+
+def load_ahead(
+    batches: Order, store: Store, contexts: Contexts, first: int, last: int, share: slice = _ALL
+) -> Iterator[Loaded]:
+    """The steps `first` … `last` - 1 in order, of each the passes in `share`; entries are read two steps ahead.
+
+    Threads read them and carry them into MLX's memory, so that a step finds its arrays ready and has only to name what
+    is to be computed of them. What goes wrong in a thread is raised here, in the step that needs the entry.
     """
-    waiting: deque[list[list[_Read]]] = deque()
+    waiting: deque[tuple[list[list[Draw]], list[list[_Read]]]] = deque()
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="reader") as pool:
 
         def fetch(kind: str, key: str) -> Future[Stored]:
@@ -180,17 +187,19 @@ def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, las
 
         def submit(step: int) -> None:
             if step < last:
-                waiting.append([[read(draw) for draw in draws] for draws in batches.at(step)])
+                whole = batches.at(step)
+                waiting.append((whole, [[read(draw) for draw in draws] for draws in whole[share]]))
 
         try:
             for step in range(first, first + _AHEAD):
                 submit(step)
             for step in range(first, last):
                 started = time.perf_counter()
-                passes = [_batch(reads, contexts, batches.prior_weight) for reads in waiting.popleft()]
+                whole, reading = waiting.popleft()
+                passes = [_batch(reads, contexts, batches.prior_weight) for reads in reading]
                 waited = time.perf_counter() - started
                 submit(step + _AHEAD)  # only now: threads that begin to read would delay the batch that is ready
-                yield Loaded(step, passes, waited)
+                yield Loaded(step, passes, waited, whole)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

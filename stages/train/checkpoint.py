@@ -45,6 +45,7 @@ class State:
     best_step: int | None = None  # that of the least held-out loss so far
     best_loss: float | None = None
     has_ema: bool = False
+    ranks: int = 1  # processes that trained together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

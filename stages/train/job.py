@@ -15,6 +15,7 @@ from flux2_relay.stages.train.options import (
     TrainOptions,
     ValidationOptions,
 )
+from flux2_relay.stages.train.ranks import ALONE, Group
 
 
 class Journal(Protocol):
@@ -57,6 +58,7 @@ class Job:
     resume: bool
     max_steps: int | None  # stop after this many steps of this process
     stop: Callable[[], bool]  # asked after every step: leave now, with a checkpoint?
+    group: Group = ALONE  # the processes that train this together
 
     @property
     def checkpoints(self) -> Path:

@@ -20,13 +20,25 @@ from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import acceptance, base, checkpoint, init, lora, optimizer, validation, warnings, wishes
+from flux2_relay.stages.train import (
+    acceptance,
+    agreement,
+    base,
+    checkpoint,
+    init,
+    lora,
+    optimizer,
+    validation,
+    warnings,
+    wishes,
+)
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for, pace_of
 from flux2_relay.stages.train.packed_copy import kept_bytes
 from flux2_relay.stages.train.previews import Previews
+from flux2_relay.stages.train.ranks import RankLost
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
 from flux2_relay.stages.train.transformer import Transformer, load_transformer, stock_of
@@ -51,6 +63,7 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal
         journal.say(f"warning: {sentence}")
     layout = layout_of(job, spec, stock_of(folders.transformer, spec))
     journal.say(f"memory: {layout.in_words()}")
+    agreement.check(job, spec, layout)
     return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)
 
 
@@ -88,11 +101,12 @@ def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layo
     transformer = load(job, folders, spec, layout, journal)
     pace: list[float] = []
     try:
+        agreement.check_weights(job.group, transformer)
         _warn(job, transformer, journal)
         done = train(job, transformer, journal, pace)
     finally:
         transformer.residence.close()
-    if len(pace) > _WARM_UP:
+    if len(pace) > _WARM_UP and job.group.is_alone:  # the steps of several ranks say nothing about this machine
         seconds = sum(pace[_WARM_UP:])
         usual = median(pace[_WARM_UP:])  # without validation, checkpoints and previews, which are due now and then
         figures.note("steps", pace_of(spec, layout, job.train), seconds / usual, seconds)
@@ -102,7 +116,7 @@ def _load_and_train(job: Job, folders: ModelFolders, spec: TransformerSpec, layo
 
 def _warn(job: Job, transformer: Transformer, journal: Journal) -> None:
     """Say what is wrong with model or store before a fresh run of some length; its price is that of two steps."""
-    if job.train.steps < _WORTH_A_LOOK or _has_checkpoint(job):
+    if job.train.steps < _WORTH_A_LOOK or _has_checkpoint(job) or not job.group.is_first:
         return
     contexts = open_contexts(job.store, job.record.body, transformer.spec.context_width)
     for finding in acceptance.short(transformer, job.record.body, contexts, job.train.guidance):
@@ -118,6 +132,8 @@ def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float
     is_streamed = isinstance(transformer.residence, Streamed) and not memory.is_gpu()
     mx.set_cache_limit(_CACHE_OF_STREAMS if is_streamed else _CACHE_BYTES)
     body, held_out = validation.split(job.record.body, job.validation.fraction)
+    if not job.group.is_first:  # the others wait for it in their next step
+        held_out = {**held_out, "samples": []}
     contexts = open_contexts(job.store, body, transformer.spec.context_width)
     under_way = Run(
         job,
@@ -128,8 +144,13 @@ def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float
     )
     with in_plain_words(lambda: f"No checkpoint was written of it: {under_way.where_to_go_on()}."):
         try:
-            _steps(under_way, Batches(body, job.train, job.seed), contexts, [] if pace is None else pace)
+            batches = Batches(body, job.train, job.seed, job.group.size)
+            _steps(under_way, batches, contexts, [] if pace is None else pace)
             under_way.finish()
+        except RankLost as error:
+            if under_way.saved != under_way.done:
+                under_way.save()
+            raise RelayError(f"{error}; with any number of ranks {under_way.where_to_go_on()}.") from error
         except OSError as error:
             raise RelayError(f"reading or writing failed: {error}. {under_way.where_to_go_on()}") from error
     return under_way.done
@@ -140,13 +161,18 @@ def _steps(under_way: Run, batches: Batches, contexts: Contexts, pace: list[floa
     first = under_way.begin()
     last = job.train.steps if job.max_steps is None else min(job.train.steps, first + job.max_steps)
     with tqdm(total=job.train.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar:
-        for loaded in load_ahead(batches, job.store, contexts, first, last):
+        for loaded in load_ahead(batches, job.store, contexts, first, last, job.group.share):
             started = time.perf_counter()
             loss = under_way.step(loaded)
             pace.append(loaded.wait_seconds + time.perf_counter() - started)
             bar.set_postfix(loss="skipped" if loss is None else f"{loss:.4f}", refresh=False)
             bar.update()
-            if wishes.is_asked(job.folder, wishes.SAVE) and under_way.saved != under_way.done:
+            if _is_asked(job, wishes.SAVE) and under_way.saved != under_way.done:
                 under_way.save()
-            if wishes.is_asked(job.folder, wishes.STOP) or job.stop():  # the file goes away in any case
+            if job.group.any(_is_asked(job, wishes.STOP) or job.stop()):  # the file goes away in any case
                 break
+
+
+def _is_asked(job: Job, wish: str) -> bool:
+    """Whether the run folder holds this wish; only the first rank has one."""
+    return job.group.is_first and wishes.is_asked(job.folder, wish)

@@ -26,10 +26,10 @@ def digest_of_data(body: Mapping[str, object]) -> str:
     return key_of({"shared": body["shared"], "samples": body["samples"]})
 
 
-def check(folder: Path, config: Values, data: str) -> list[str]:
+def check(folder: Path, config: Values, data: str, ranks: int = 1) -> list[str]:
     """Sentences on what differs from the newest checkpoint of the run in `folder`; InputError where that is too much.
 
-    `config` is key -> plain value, `data` as of `digest_of_data`. Reads no tensor.
+    `config` is key -> plain value, `data` as of `digest_of_data`, `ranks` how many processes train. Reads no tensor.
     """
     state = _newest(folder / "checkpoints")
     if state is None:
@@ -43,7 +43,30 @@ def check(folder: Path, config: Values, data: str) -> list[str]:
             f"{folder} cannot be resumed from step {state.step}; go back to what it was, or choose another run.name:"
         )
         raise InputError(listing(title, faults))
-    return _sentences(state, config, changed)
+    return _sentences(state, config, changed) + _about_ranks(state, config, ranks)
+
+
+def _about_ranks(state: checkpoint.State, config: Values, ranks: int) -> list[str]:
+    """What another number of ranks means for the items of a step."""
+    if ranks == state.ranks:
+        return []
+    now = _items(_as_json(config), ranks)
+    then = _items({**_as_json(config), **state.config}, state.ranks)
+    said = f"ranks were {state.ranks} and are {ranks} now (since step {state.step})"
+    if now == then:
+        return [f"{said}; a step is of {now} items as before"]
+    return [
+        f"warning: {said}, and a step is of {now} items where it was of {then}: what follows is not what would have "
+        "followed. train.accumulate x ranks x train.batch is that number"
+    ]
+
+
+def _items(config: Values, ranks: int) -> int:
+    """Items of a step, over accumulation and ranks."""
+    counts = config["train.batch"], config["train.accumulate"]
+    assert isinstance(counts[0], int)
+    assert isinstance(counts[1], int)
+    return counts[0] * counts[1] * ranks
 
 
 def _sentences(state: checkpoint.State, config: Values, changed: list[str]) -> list[str]:

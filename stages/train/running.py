@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from flux2_relay.cache.errors import RelayError
 from flux2_relay.stages import blas
@@ -19,7 +20,7 @@ from flux2_relay.stages.train.export import DTYPES, write_diffusers
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.resume import digest_of_data
-from flux2_relay.stages.train.step import Found, Terms, gradients_of
+from flux2_relay.stages.train.step import Found, Terms, gradients_of, sigmas_of
 from flux2_relay.stages.train.transformer import Transformer
 from flux2_relay.stages.train.validation import Validation
 
@@ -45,7 +46,10 @@ class Run:
 
     def begin(self) -> int:
         """Take up the newest whole checkpoint, or do what is due before the first step -> steps done."""
-        found, complaints = checkpoint.latest(self.job.checkpoints) if self.job.resume else (None, [])
+        group = self.job.group
+        found, complaints = None, []
+        if self.job.resume and group.is_first:
+            found, complaints = checkpoint.latest(self.job.checkpoints)
         for complaint in complaints:
             self.journal.say(complaint)
         if found is not None:
@@ -53,6 +57,7 @@ class Run:
         elif self.job.lora.init is not None:
             init.start(self.transformer, self.job.lora)
             self.mean = None if self.mean is None else lora.parameters(self.transformer)
+        self._follow()
         self.journal.rewind(self.done)
         if self.done == 0 and self.validation:
             self._validate()
@@ -68,6 +73,9 @@ class Run:
         """The step whose gradients were `found` since `started`; what `step` does besides finding them."""
         loss, gradients, sigmas = found
         del found  # not to be held beside what becomes of them
+        group = self.job.group
+        waited = group.waits.seconds
+        loss, gradients = group.average(loss, gradients)
         gradients, norm = optimizer.clip(gradients, self.job.train.clip)
         is_finite = bool(mx.isfinite(loss + norm).item())
         if is_finite:
@@ -79,10 +87,11 @@ class Run:
                 "loss": loss.item() if is_finite else None,
                 "lr": optimizer.learning_rate(self.job.train, loaded.step),
                 "grad_norm": norm.item() if is_finite else None,
-                "sigma": sigmas,
+                "sigma": sigmas if group.is_alone else sigmas_of(loaded, self.terms),
                 "seconds": round(time.perf_counter() - started, 4),
                 "wait_seconds": round(loaded.wait_seconds, 4),
                 "peak_bytes": peak_bytes(),
+                **({} if group.is_alone else {"reduce_seconds": round(group.waits.seconds - waited, 4)}),
             }
         )
         self._count(is_finite, loss, norm, loaded)
@@ -91,7 +100,10 @@ class Run:
         return float(loss) if is_finite else None
 
     def save(self) -> bool:
-        """A checkpoint of where the run stands; where it cannot be written, a sentence and False."""
+        """A checkpoint of where the run stands, by the first rank; where it cannot be written, a sentence and False."""
+        if not self.job.group.is_first:
+            self.saved = self.done
+            return True
         try:
             checkpoint.save(self.job.checkpoints, self._checkpoint(), self.job.save.keep)
             if self.best is not None and self.best[1] == self.done:
@@ -107,6 +119,8 @@ class Run:
 
     def finish(self) -> None:
         """A checkpoint of where the run stands, and its adapter; RelayError where either cannot be written."""
+        if not self.job.group.is_first:
+            return
         is_saved = self.done == self.saved or self.save()
         try:
             self._export(self.transformer, "adapter.safetensors")
@@ -139,7 +153,7 @@ class Run:
             self.skipped = 0
             return
         self.skipped += 1
-        names = ", ".join(sorted({drawn.item.id for draws, _ in loaded.passes for drawn in draws}))
+        names = ", ".join(sorted({drawn.item.id for draws in loaded.whole for drawn in draws}))
         said = f"step {self.done}: loss {loss.item()}, norm of the gradient {norm.item()}; the batch was {names}"
         if self.skipped >= MOST_SKIPPED:
             raise RelayError(
@@ -152,9 +166,26 @@ class Run:
         if self.done == warnings.LOOK_AT and (sentence := warnings.of_adapter(lora.parameters(self.transformer))):
             self.journal.say(f"warning: {sentence}")
 
+    def _follow(self) -> None:
+        """Go on from what the first rank has: its count of steps, adapters, moments and mean, to the bit.
+
+        At the beginning only that rank has read a checkpoint; later it is a safeguard: a backend may give the ranks
+        sums that differ in their last bits, and those add up.
+        """
+        group = self.job.group
+        if group.is_alone:
+            return
+        counts = group.follow({"": mx.array([self.done, self.saved, self.skipped], mx.uint32)})[""]
+        self.done, self.saved, self.skipped = (int(count) for count in np.array(counts))
+        lora.load(self.transformer, group.follow(lora.parameters(self.transformer)))
+        self.optimizer.restore(group.follow(self.optimizer.state()))
+        self.mean = None if self.mean is None else group.follow(self.mean)
+
     def _after_step(self) -> None:
         if self.validation and self._is_due(self.job.validation.every):
             self._validate()
+        if self._is_due(self.job.save.every):
+            self._follow()
         if self._is_due(self.job.save.every) or self._is_best_now():
             self.save()
         self._draw_previews()
@@ -194,6 +225,7 @@ class Run:
             best_step=best[1] if best else None,
             best_loss=best[0] if best else None,
             has_ema=self.mean is not None,
+            ranks=job.group.size,
         )
         return checkpoint.Checkpoint(
             state=state,

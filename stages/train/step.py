@@ -1,10 +1,11 @@
 """Loss and gradients of one step: all its passes, averaged."""
 
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 
-from flux2_relay.stages.train import lora, objective, turns
+from flux2_relay.stages.train import lora, objective, randomness, turns
 from flux2_relay.stages.train.backprop import Gradients, in_turns
 from flux2_relay.stages.train.batches import Draw, Loaded
 from flux2_relay.stages.train.objective import Batch
@@ -43,6 +44,17 @@ def gradients_in_turns(transformer: Transformer, loaded: Loaded, terms: Terms) -
     count = len(loaded.passes)
     means = {name: value / count for name, value in sums.items()} if count > 1 else sums
     return mx.mean(mx.stack(losses)), means, sigmas
+
+
+def sigmas_of(loaded: Loaded, terms: Terms) -> list[float]:
+    """The sigma of every item of the step, those of other ranks' passes included."""
+    return [
+        objective.sigma_at(
+            randomness.uniform(terms.seed, "sigma", loaded.step, drawn.place), prod(drawn.item.size), terms.options
+        )
+        for draws in loaded.whole
+        for drawn in draws
+    ]
 
 
 def _pass(transformer: Transformer, draws: list[Draw], batch: Batch, step: int, terms: Terms) -> Way[Found]:
