@@ -160,7 +160,8 @@ def _steps(under_way: Run, batches: Batches, contexts: Contexts, pace: list[floa
     job = under_way.job
     first = under_way.begin()
     last = job.train.steps if job.max_steps is None else min(job.train.steps, first + job.max_steps)
-    with tqdm(total=job.train.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar:
+    shown = {"desc": "train", "unit": "step", "dynamic_ncols": True, "disable": not job.group.is_first}
+    with tqdm(total=job.train.steps, initial=first, **shown) as bar:
         for loaded in load_ahead(batches, job.store, contexts, first, last, job.group.share):
             started = time.perf_counter()
             loss = under_way.step(loaded)
