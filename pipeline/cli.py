@@ -8,7 +8,7 @@ from typing import TypeVar
 import click
 
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.pipeline import adapter_cli, cache_cli, sampling_cli, signals, start_cli
+from flux2_relay.pipeline import adapter_cli, cache_cli, launch, rank, sampling_cli, signals, start_cli
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -47,6 +47,7 @@ def encode(config_file: Path, settings: tuple[str, ...]) -> None:
 @click.option(
     "--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on from the newest checkpoint."
 )
+@launch.on_hosts
 def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, resume: str) -> None:
     """Stage two: train a LoRA from the store.
 
@@ -55,8 +56,8 @@ def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, r
     from flux2_relay.pipeline import commands, config
 
     loaded = config.load_config(config_file, settings)
-    with signals.finish_the_step() as stop:
-        commands.train(loaded, max_steps, resume == "auto", stop)
+    with rank.taking_part() as group, signals.finish_the_step() as stop:
+        commands.train(loaded, max_steps, resume == "auto", stop, group)
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import card, events, run_folder
+from flux2_relay.pipeline import card, events, rank, run_folder
 from flux2_relay.pipeline.config import Config, flat
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flux2_relay.stages.folders import ModelFolders
     from flux2_relay.stages.spec import TransformerSpec
     from flux2_relay.stages.train.job import Job as TrainJob
+    from flux2_relay.stages.train.ranks import Group
 
 
 def encode(config: Config) -> None:
@@ -134,31 +135,48 @@ def train_job(config: Config, given: Ready, folder: Path) -> "TrainJob":
     )
 
 
-def train(config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
-    """Stage two."""
+def train(
+    config: Config, max_steps: int | None, resume: bool, stop: Callable[[], bool], group: "Group | None" = None
+) -> None:
+    """Stage two, as one of `group`; a process alone has none."""
     from flux2_relay.pipeline import run_lock
+    from flux2_relay.stages.train.ranks import ALONE
 
     given = ready(config)
+    job = replace(
+        train_job(config, given, config.run.folder), resume=resume, max_steps=max_steps, stop=stop, group=group or ALONE
+    )
+    if not job.group.is_first:
+        _assist(job, given)
+        return
     if not resume:
         run_folder.refuse_existing(config.run.folder)
     with run_lock.hold(config.run.folder):
-        _train(config, given, max_steps, resume, stop)
+        _train(config, given, job)
 
 
-def _train(config: Config, given: Ready, max_steps: int | None, resume: bool, stop: Callable[[], bool]) -> None:
+def _assist(job: "TrainJob", given: Ready) -> None:
+    """Train as a rank that is not the first: it writes nothing, says nothing, and draws no previews."""
+    from flux2_relay.stages.train import loop
+
+    if job.group.any(False):  # the first finds the run finished
+        return
+    loop.run(replace(job, previews=replace(job.previews, every=0)), given.places, given.spec, rank.Silent())
+
+
+def _train(config: Config, given: Ready, job: "TrainJob") -> None:
     from flux2_relay.stages.train import loop
     from flux2_relay.stages.train import resume as resuming
 
     data = resuming.digest_of_data(given.record.body)
-    changes = resuming.check(config.run.folder, flat(config), data) if resume else []
+    changes = resuming.check(config.run.folder, flat(config), data, job.group.size) if job.resume else []
     run = run_folder.create(config)
     for sentence in changes:
         run.say(sentence)
-    if _is_finished(run, config.train.steps):
+    if job.group.any(_is_finished(run, config.train.steps)):
         say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
         return
     say_blas()
-    job = replace(train_job(config, given, run.path), resume=resume, max_steps=max_steps, stop=stop)
     with events.journal(run, config.log.tensorboard) as journal:
         done = loop.run(job, given.places, given.spec, journal)
     say(f"{done} of {config.train.steps} steps done; the adapter is {run.adapter}")
