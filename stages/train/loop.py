@@ -148,12 +148,19 @@ def train(job: Job, transformer: Transformer, journal: Journal, pace: list[float
             _steps(under_way, batches, contexts, [] if pace is None else pace)
             under_way.finish()
         except RankLost as error:
-            if under_way.saved != under_way.done:
-                under_way.save()
-            raise RelayError(f"{error}; with any number of ranks {under_way.where_to_go_on()}.") from error
+            raise RelayError(f"{error}; {_after_a_loss(under_way)}") from error
         except OSError as error:
             raise RelayError(f"reading or writing failed: {error}. {under_way.where_to_go_on()}") from error
     return under_way.done
+
+
+def _after_a_loss(under_way: Run) -> str:
+    """Keep what was learned up to the step that a rank was lost in, and say how to go on."""
+    if not under_way.job.group.is_first:
+        return "with any number of ranks the next start goes on from the newest checkpoint of rank 0."
+    if under_way.saved != under_way.done:
+        under_way.save()
+    return f"with any number of ranks {under_way.where_to_go_on()}."
 
 
 def _steps(under_way: Run, batches: Batches, contexts: Contexts, pace: list[float]) -> None:
