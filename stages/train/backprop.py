@@ -15,6 +15,7 @@ from flux2_relay.stages.train import blocks, objective, turns
 from flux2_relay.stages.train.backward import Backward
 from flux2_relay.stages.train.blocks import KeptDouble
 from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.kinds import Named
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.pieces import Pieces
@@ -131,8 +132,5 @@ def first_trained(transformer: Transformer) -> int:
     return next(trained, transformer.spec.blocks)
 
 
-def _named(block: str, gradients: Mapping[str, tuple[mx.array, mx.array]]) -> Gradients:
-    named = {}
-    for name, (a, b) in gradients.items():
-        named |= {f"{block}.{name}.lora_A.weight": a, f"{block}.{name}.lora_B.weight": b}
-    return named
+def _named(block: str, gradients: Mapping[str, Named]) -> Gradients:
+    return {f"{block}.{name}.{what}": value for name, found in gradients.items() for what, value in found.items()}

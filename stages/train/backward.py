@@ -9,6 +9,7 @@ Letters: B batch, T text tokens, L image tokens, D hidden, N heads, d head dim, 
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,7 +21,6 @@ from flux2_relay.stages.train.blocks import (
     SINGLE_NORMS,
     SINGLE_OUT,
     STREAMS,
-    Adapter,
     Block,
     KeptDouble,
     Linear,
@@ -28,70 +28,30 @@ from flux2_relay.stages.train.blocks import (
     Norms,
     Run,
     Sizes,
-    split,
 )
-from flux2_relay.stages.train.dropout import dropped
+from flux2_relay.stages.train.cuts import cut, joined, product, split
 from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.kinds import Kept, Named
 
-Factors = tuple[mx.array, mx.array]
-"""Gradients of A [r, in] and B [out, r], float32."""
-Gradients = dict[str, Factors]
+Gradients = dict[str, Named]
 """Linear's name inside its block -> gradients of its adapter."""
 
 
-def cut(array: mx.array, like: Sequence[mx.array], axis: int) -> list[mx.array]:
-    """`array` cut along `axis` where pieces with the last axes of `like` meet."""
-    places = list(accumulate(piece.shape[-1] for piece in like))[:-1]
-    return split(array, places, axis=axis) if places else [array]
-
-
-def low_cotangent(cotangents: Sequence[mx.array], adapter: Adapter) -> mx.array:
-    """The cotangent [..., r] of Ax, from the pieces of the output's."""
-    b, scale = adapter[1:3]
-    dtype = cotangents[0].dtype
-    pairs = zip(cotangents, cut(b.astype(dtype), cotangents, axis=0), strict=True)
-    total = None
-    for piece, rows in pairs:
-        total = piece @ rows if total is None else mx.addmm(total, piece, rows)
-    assert total is not None
-    return total * scale.astype(dtype)
-
-
-def through_linear(cotangents: Sequence[mx.array], layer: Linear, columns: int) -> tuple[mx.array, mx.array | None]:
-    """The cotangent [..., columns] of a linear's input, and that of Ax where it has an adapter."""
+def through_linear(cotangents: Sequence[mx.array], layer: Linear, columns: int) -> tuple[mx.array, Kept | None]:
+    """The cotangent [..., columns] of a linear's input, and what its adapter's gradients start from."""
     weight, adapter = layer
-    dtype = cotangents[0].dtype
-    low = low_cotangent(cotangents, adapter) if adapter else None
-    total = None
-    if adapter and low is not None:
-        total = dropped([low @ adapter[0].astype(dtype)], adapter[3:])[0]
-    for piece, rows in zip(cotangents, cut(dense(weight, columns, dtype), cotangents, axis=0), strict=True):
-        total = piece @ rows if total is None else mx.addmm(total, piece, rows)
-    assert total is not None
-    return total, low
+    matrix = dense(weight, columns, cotangents[0].dtype)
+    if not adapter:
+        return product(cotangents, cut(matrix, cotangents, axis=0)), None
+    return adapter.pull(cotangents, matrix)
 
 
-def factors(inputs: Sequence[mx.array], cotangents: Sequence[mx.array], low: mx.array, adapter: Adapter) -> Factors:
-    """Gradients of an adapter, from the pieces of its linear's input and of the output's cotangent, and that of Ax."""
-    a, _, scale, *dropping = adapter
-    dtype, rank, inputs = low.dtype, a.shape[0], dropped(inputs, dropping)
-    flat_low = low.reshape(-1, rank)
-    of_a = [flat_low.T @ _flat(x) for x in inputs]
-    down = None
-    for x, columns in zip(inputs, cut(a.astype(dtype), inputs, axis=1), strict=True):
-        down = _flat(x) @ columns.T if down is None else mx.addmm(down, _flat(x), columns.T)
-    assert down is not None
-    down = down * scale.astype(dtype)
-    of_b = [_flat(g).T @ down for g in cotangents]
-    return _joined(of_a, axis=1).astype(mx.float32), _joined(of_b, axis=0).astype(mx.float32)
-
-
-def _flat(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _joined(pieces: list[mx.array], axis: int) -> mx.array:
-    return mx.concatenate(pieces, axis=axis) if len(pieces) > 1 else pieces[0]
+def adapter_gradients(inputs: Sequence[mx.array], cotangents: Sequence[mx.array], kept: Kept, layer: Linear) -> Named:
+    """Gradients of an adapter, from the pieces of its linear's input and of the output's cotangent."""
+    weight, adapter = layer
+    columns = sum(x.shape[-1] for x in inputs)
+    assert adapter
+    return adapter.gradients(inputs, cotangents, kept, dense(weight, columns, inputs[0].dtype))
 
 
 def through_modulate(x: mx.array, scale: mx.array, cotangent: mx.array, eps: float) -> mx.array:
@@ -129,7 +89,7 @@ def attention_inputs(
 ) -> list[mx.array]:
     """q, k, v once more, and the cotangent of attention's output as heads; all [B, N, rows, d]."""
     heads = blocks.turned_heads(wide, scales, rotary, sizes)
-    return [*heads, blocks.heads_of(_joined(list(cotangents), axis=1), scales[0][0].shape[0])]
+    return [*heads, blocks.heads_of(joined(list(cotangents), axis=1), scales[0][0].shape[0])]
 
 
 def through_turned_heads(
@@ -143,7 +103,7 @@ def through_turned_heads(
 
     The output [B, rows, D], the cotangents of q and k side by side [B, rows, 2D] and that of v [B, rows, D].
     """
-    out, query, key, value = (_joined(list(part), axis=1) for part in parts)
+    out, query, key, value = (joined(list(part), axis=1) for part in parts)
     both = mx.stack([query.swapaxes(1, 2), key.swapaxes(1, 2)], axis=2)
     rows = list(accumulate(x.shape[1] for x in wide))[:-1]
     streams = [split(x, rows, axis=1) if rows else [x] for x in (both, blocks.rows_of(value), blocks.rows_of(out))]
@@ -157,22 +117,22 @@ def through_turned_heads(
     return streams[2], found
 
 
-def through_leave(gate: mx.array, layer: Linear, cotangent: mx.array, columns: int) -> list[mx.array | None]:
-    """Of `blocks.leave`: cotangents of the linear's output, of its input and of Ax."""
+def through_leave(gate: mx.array, layer: Linear, cotangent: mx.array, columns: int) -> list[Any]:
+    """Of `blocks.leave`: cotangents of the linear's output and of its input, and what its adapter keeps."""
     gated = gate * cotangent
-    inner, low = through_linear([gated], layer, columns)
-    return [gated, inner, low]
+    inner, kept = through_linear([gated], layer, columns)
+    return [gated, inner, kept]
 
 
 def enter_factors(
     x: mx.array, modulation: Modulations, layer: Linear, cotangents: Sequence[mx.array], eps: float
-) -> tuple[Factors | tuple[()], mx.array]:
+) -> tuple[Named, mx.array]:
     """Of `blocks.enter` with one linear: gradients of its adapter, and the cotangent of its (modulated) input."""
-    pulled, low = through_linear(cotangents, layer, x.shape[-1])
-    if low is None:
-        return (), pulled
+    pulled, kept = through_linear(cotangents, layer, x.shape[-1])
+    if kept is None:
+        return {}, pulled
     modulated = blocks.modulate(x, modulation[0], modulation[1], eps)
-    return factors([modulated], cotangents, low, layer[1]), pulled  # pyright: ignore[reportArgumentType]
+    return adapter_gradients([modulated], cotangents, kept, layer), pulled
 
 
 def input_sum(x: mx.array, scale: mx.array, pulled: Sequence[mx.array], residual: mx.array, eps: float) -> mx.array:
@@ -298,12 +258,11 @@ class Backward:
         name: str,
         inputs: list[mx.array],
         cotangents: list[mx.array],
-        low: mx.array | None,
+        kept: Kept | None,
     ) -> None:
         """Gradients of a linear's adapter, where it has one."""
-        adapter = block.adapters.get(name)
-        if adapter is not None:
-            gradients[name] = self.run(factors, inputs, cotangents, low, adapter)
+        if kept is not None:
+            gradients[name] = self.run(adapter_gradients, inputs, cotangents, kept, block.layer(name))
 
     def _attention(
         self,

@@ -19,13 +19,12 @@ import numpy as np
 
 from flux2_relay.stages import kernels
 from flux2_relay.stages.quantize import Weight, dense, product
-from flux2_relay.stages.train.dropout import dropped
+from flux2_relay.stages.train.cuts import split
 from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.kinds import Adapter
 
 Weights = Mapping[str, Weight]
 """The weights of one block (or of the parts outside the blocks) by name."""
-Adapter = tuple[mx.array, ...]
-"""A [r, in], B [out, r], scale [], all float32; under dropout also `keys` [B, 2] and `keep` [] of `dropout.py`."""
 Adapters = Mapping[str, Adapter]
 """Linear's name inside its block -> adapter; absent where a linear has none."""
 Linear = tuple[Weight, Adapter | tuple[()]]
@@ -43,11 +42,6 @@ def direct(piece: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 -
     return piece(*arguments)
 
 
-def split(x: mx.array, parts: int | Sequence[int], axis: int) -> list[mx.array]:
-    """Cut x into equal parts or at places; its gradient is one concatenation, where slices cost a buffer each."""
-    return cast(list[mx.array], mx.split(x, parts if isinstance(parts, int) else list(parts), axis=axis))
-
-
 class Sizes(NamedTuple):
     """The numbers of a spec that pieces need; a tuple, so that compiled pieces take it as a constant."""
 
@@ -57,19 +51,11 @@ class Sizes(NamedTuple):
 
 
 def linear(x: mx.array, layer: Linear) -> mx.array:
-    """x [..., in] -> [..., out]: the base product plus scale * B(Ax)."""
+    """x [..., in] -> [..., out]: the base product, and what an adapter makes of it."""
     weight, adapter = layer
     if not adapter:
         return product(x, weight)
-    a, b, scale, *dropping = adapter
-    low = (dropped([x], dropping)[0] @ a.astype(x.dtype).T) * scale.astype(x.dtype)
-    low, rows = _as_rows(low), _as_rows(x)  # one matrix each, so that B = 0 gives the bits of the base alone
-    total = mx.addmm(low @ b.astype(x.dtype).T, rows, dense(weight, x.shape[-1], x.dtype).T)
-    return total.reshape(*x.shape[:-1], -1)
-
-
-def _as_rows(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
+    return adapter.apply(x, dense(weight, x.shape[-1], x.dtype))
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:

@@ -56,5 +56,5 @@ def write_diffusers(
     transformer: Transformer, path: Path | str, metadata: Mapping[str, str], dtype: mx.Dtype = mx.float32
 ) -> None:
     """The adapters of a transformer under diffusers' names, alpha / rank folded into B; errors as for `write`."""
-    factors = {module: Factors(a, b, float(scale)) for module, (a, b, scale) in transformer.adapters.items()}
+    factors = {module: Factors(a, b, float(scale)) for module, (a, b, scale, _) in transformer.adapters.items()}
     write(Path(path), factors, transformer.spec, FORMATS["diffusers"], metadata, dtype)

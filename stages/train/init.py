@@ -34,13 +34,14 @@ def start(transformer: Transformer, options: LoraOptions) -> None:
     """Set the fresh adapters of `transformer` to what the file of `lora.init` holds; modules not in it stay fresh."""
     adapters = dict(transformer.adapters)
     for path, factors in read(options, transformer.spec).items():
-        a, b, scale = adapters[path]
+        a, b, scale = adapters[path][:3]
         rank = factors.a.shape[0]
         start_b = factors.b * (factors.scale / scale)
-        adapters[path] = (
-            mx.concatenate([factors.a, a[rank:]], axis=0),
-            mx.concatenate([start_b, b[:, rank:]], axis=1),
-            scale,
+        adapters[path] = adapters[path].with_weights(
+            {
+                "lora_A.weight": mx.concatenate([factors.a, a[rank:]], axis=0),
+                "lora_B.weight": mx.concatenate([start_b, b[:, rank:]], axis=1),
+            }
         )
     mx.eval(adapters)
     transformer.adapters = adapters

@@ -1,22 +1,25 @@
-"""Low-rank adapters: which linears get one, how they start, how they are named outside.
+"""Adapters of a transformer: which linears get one, of which kind, how they start, how they are named outside.
 
-y = Wx + (alpha / rank) B(Ax), A [rank, in], B [out, rank], both float32 whatever the base is: a bfloat16 weight of
-1.0 does not move under steps of 1e-4. B starts at zero, so step 0 is the base model.
+They are float32 whatever the base is: a bfloat16 weight of 1.0 does not move under steps of 1e-4. Every kind
+(`kinds.py`, `dora.py`, `lokr.py`) starts as the base model: what is said of the kinds here is how.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import dropout, randomness
+from flux2_relay.stages.train import dropout, lokr, randomness
+from flux2_relay.stages.train.dora import Dora, row_squares
+from flux2_relay.stages.train.kinds import Adapter, Lora
+from flux2_relay.stages.train.lokr import Lokr
 from flux2_relay.stages.train.options import LoraOptions
-from flux2_relay.stages.train.transformer import Transformer, block_linears
+from flux2_relay.stages.train.transformer import Transformer, block_linears, block_path
 from flux2_relay.stages.weights import listing
 
 __all__ = ["LoraOptions", "attach", "load", "metadata", "parameters", "rank_of", "targets", "with_dropout"]
@@ -67,30 +70,113 @@ def rank_of(path: str, options: LoraOptions) -> int:
 
 def size(spec: TransformerSpec, options: LoraOptions) -> int:
     """Weights of all adapters together."""
-    return sum(rank_of(path, options) * (rows + columns) for path, (rows, columns) in targets(spec, options).items())
+    kind = _KINDS[options.kind]
+    return sum(
+        kind.size(rows, columns, rank_of(p, options), options) for p, (rows, columns) in targets(spec, options).items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The linear that an adapter is made for, and what randomness it may use."""
+
+    path: str
+    rows: int
+    columns: int
+    seed: int
+
+    def uniform(self, shape: tuple[int, int], *purpose: str) -> mx.array:
+        """Values within 1/sqrt(in) (Kaiming, a = sqrt 5), of (seed, path, purpose) alone."""
+        bound = 1 / math.sqrt(shape[1])
+        return mx.random.uniform(-bound, bound, shape, key=randomness.key(self.seed, "lora", self.path, *purpose))
+
+
+def _fresh_lora(seat: Seat, rank: int, options: LoraOptions) -> Lora:
+    """A random, B zero."""
+    scale = mx.array(options.alpha / rank, mx.float32)
+    return Lora(seat.uniform((rank, seat.columns)), mx.zeros((seat.rows, rank)), scale)
+
+
+def _fresh_dora(seat: Seat, rank: int, options: LoraOptions) -> Dora:
+    """The same; the lengths of the base's rows are measured later."""
+    low, unknown = _fresh_lora(seat, rank, options), mx.zeros(seat.rows)
+    return Dora(low.a, low.b, low.scale, magnitude=unknown, squares=unknown)
+
+
+def _fresh_lokr(seat: Seat, rank: int, options: LoraOptions) -> Lokr:
+    """W1 random, W2 zero: whole, or as random times zero. Scaled by alpha / rank only where W2 has a rank."""
+    of_w1, (k, n), is_low = lokr.shape_of(seat.rows, seat.columns, rank, options.factor)
+    w2 = (seat.uniform((k, rank), "w2"), mx.zeros((rank, n))) if is_low else (mx.zeros((k, n)),)
+    return Lokr(seat.uniform(of_w1), w2, mx.array(options.alpha / rank if is_low else 1.0, mx.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One value of `lora.kind`: a fresh adapter, the number of its weights, and whether it must see the base's."""
+
+    fresh: Callable[[Seat, int, LoraOptions], Adapter]
+    size: Callable[[int, int, int, LoraOptions], int]
+    measures: bool = False
+
+
+def _lora_size(rows: int, columns: int, rank: int, options: LoraOptions) -> int:
+    return rank * (rows + columns)
+
+
+def _dora_size(rows: int, columns: int, rank: int, options: LoraOptions) -> int:
+    return rank * (rows + columns) + rows
+
+
+def _lokr_size(rows: int, columns: int, rank: int, options: LoraOptions) -> int:
+    (p, q), (k, n), is_low = lokr.shape_of(rows, columns, rank, options.factor)
+    return p * q + (rank * (k + n) if is_low else k * n)
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "lora": _Kind(_fresh_lora, _lora_size),
+    "dora": _Kind(_fresh_dora, _dora_size, measures=True),
+    "lokr": _Kind(_fresh_lokr, _lokr_size),
+}
 
 
 def attach(transformer: Transformer, options: LoraOptions, seed: int) -> None:
-    """Give the transformer fresh adapters: A uniform within 1/sqrt(in) (Kaiming, a = sqrt 5), B zero.
+    """Give the transformer fresh adapters, which change nothing yet.
 
-    Each A depends on (seed, path) alone: other targets or another order change nothing about it.
+    Each depends on (seed, path) alone: other targets or another order change nothing about it. DoRA reads every block
+    that it is attached to once.
     """
-    adapters = {}
+    kind, adapters = _KINDS[options.kind], {}
     for path, (rows, columns) in targets(transformer.spec, options).items():
-        rank = rank_of(path, options)
-        bound = 1 / math.sqrt(columns)
-        a = mx.random.uniform(-bound, bound, (rank, columns), key=randomness.key(seed, "lora", path))
-        adapters[path] = (a, mx.zeros((rows, rank)), mx.array(options.alpha / rank, mx.float32))
+        adapters[path] = kind.fresh(Seat(path, rows, columns, seed), rank_of(path, options), options)
     mx.eval(adapters)
     transformer.adapters = adapters
+    if kind.measures:
+        measure(transformer)
+
+
+def measure(transformer: Transformer) -> None:
+    """Set the lengths of the base's rows in every DoRA, and its magnitudes to them."""
+    model, adapters = transformer, dict(transformer.adapters)
+    paths = {place: block_path(model.spec, place) + "." for place in range(model.spec.blocks)}
+    places = [place for place, start in paths.items() if any(path.startswith(start) for path in adapters)]
+    model.residence.announce(places)
+    for place in places:
+        weights = model.residence.weights(place)
+        for path, adapter in adapters.items():
+            if path.startswith(paths[place]) and isinstance(adapter, Dora):
+                squares = row_squares(weights[path.removeprefix(paths[place])], adapter.a.shape[1])
+                adapters[path] = adapter._replace(magnitude=mx.sqrt(squares), squares=squares)
+    mx.eval(adapters)
+    model.adapters = adapters
 
 
 def parameters(transformer: Transformer) -> dict[str, mx.array]:
-    """What is trained, in diffusers names: `PATH.lora_A.weight` [rank, in] and `PATH.lora_B.weight` [out, rank]."""
-    named = {}
-    for path, (a, b, _) in transformer.adapters.items():
-        named |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
-    return named
+    """What is trained, under diffusers' module paths and peft's names of factors (`PATH.lora_A.weight` [rank, in])."""
+    return {
+        f"{path}.{what}": value
+        for path, adapter in transformer.adapters.items()
+        for what, value in adapter.weights().items()
+    }
 
 
 def load(transformer: Transformer, values: Mapping[str, mx.array]) -> None:
@@ -106,14 +192,14 @@ def load(transformer: Transformer, values: Mapping[str, mx.array]) -> None:
     if faults:
         raise InputError(listing("these adapter weights do not fit lora.targets and lora.rank:", faults))
     transformer.adapters = {
-        path: (values[f"{path}.lora_A.weight"], values[f"{path}.lora_B.weight"], scale)
-        for path, (_, _, scale) in transformer.adapters.items()
+        path: adapter.with_weights({what: values[f"{path}.{what}"] for what in adapter.weights()})
+        for path, adapter in transformer.adapters.items()
     }
 
 
 def metadata(transformer: Transformer, options: LoraOptions) -> dict[str, str]:
     """How a file of `parameters` must be read: alpha is not folded in; the keys are those of diffusers and peft."""
-    ranks = {path: adapter[0].shape[0] for path, adapter in transformer.adapters.items()}
+    ranks = {path: rank_of(path, options) for path in transformer.adapters}
     said = {
         "lora_alpha": options.alpha,
         "r": options.rank,
@@ -133,6 +219,7 @@ def with_dropout(transformer: Transformer, share: float, seed: int, step: int, p
         return transformer
     keep = mx.array(1 - share, mx.float32)
     adapters = {
-        path: (*adapter, dropout.keys(seed, step, places, path), keep) for path, adapter in transformer.adapters.items()
+        path: adapter.with_dropout((dropout.keys(seed, step, places, path), keep))
+        for path, adapter in transformer.adapters.items()
     }
     return replace(transformer, adapters=adapters)

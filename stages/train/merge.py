@@ -15,7 +15,7 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import names
 from flux2_relay.stages.shards import SHARD_BYTES, Shards
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train.blocks import Adapter
+from flux2_relay.stages.train.kinds import Adapter
 from flux2_relay.stages.train.transformer import tensor_shapes
 from flux2_relay.stages.weights import TensorInfo, Tensors
 

@@ -14,7 +14,7 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import adapter_file
 from flux2_relay.stages.train.adapter_file import Factors
-from flux2_relay.stages.train.blocks import Adapter
+from flux2_relay.stages.train.kinds import Adapter, Lora
 
 Updates = Mapping[str, Factors]
 """What one file does: module path -> its update."""
@@ -59,7 +59,8 @@ def mix(updates: Sequence[Updates], strengths: Sequence[float]) -> dict[str, Ada
 
 def _beside(pairs: Sequence[tuple[mx.array, mx.array]]) -> Adapter:
     factors_a, factors_b = zip(*pairs, strict=True)
-    return mx.concatenate(list(factors_a), axis=0), mx.concatenate(list(factors_b), axis=1), mx.array(1.0, mx.float32)
+    both = mx.concatenate(list(factors_a), axis=0), mx.concatenate(list(factors_b), axis=1)
+    return Lora(*both, mx.array(1.0, mx.float32))
 
 
 def size(updates: Sequence[Updates]) -> int:

@@ -20,14 +20,17 @@ SEED: dict[str, Any] = {"min": 0, "max": 2**32 - 1}  # the seed is the upper hal
 class LoraOptions:
     """Which linears get an adapter, and how wide it is."""
 
-    kind: Literal["lora", "dora", "lokr"] = field(default="lora", metadata={"supported": ("lora",)})
-    """The form of the low-rank update."""
+    kind: Literal["lora", "dora", "lokr"] = "lora"
+    """The form of the update: `lora`; `dora`, with a trained length for each row; `lokr`, a Kronecker product."""
 
     rank: int = field(default=16, metadata={"min": 1})
     """Width of the low-rank update; adapter size and optimizer memory grow linearly with it."""
 
     alpha: float = field(default=16.0, metadata={"above": 0.0})
-    """Strength of the update: `alpha / rank` multiplies it."""
+    """Strength of the update: `alpha / rank` multiplies it; not where `lokr` has no rank."""
+
+    factor: Literal["auto"] | int = field(default=16, metadata={"min": 1})
+    """Side of the small matrix of `lokr`, where it divides the linear's; `auto` is near its square root."""
 
     targets: Literal["blocks", "attention"] | tuple[str, ...] = "blocks"
     """`blocks`: every linear of both kinds of block; `attention`: those of attention; or patterns."""

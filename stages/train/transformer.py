@@ -17,8 +17,9 @@ from flux2_relay.stages import folders, quantize
 from flux2_relay.stages.quantize import Weight
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import base, blocks, embeddings
-from flux2_relay.stages.train.blocks import Adapter, Block, Run, Sizes, Weights, direct
+from flux2_relay.stages.train.blocks import Block, Run, Sizes, Weights, direct
 from flux2_relay.stages.train.embeddings import Rotary
+from flux2_relay.stages.train.kinds import Adapter
 from flux2_relay.stages.train.packed_copy import keeping
 from flux2_relay.stages.train.pieces import Pieces
 from flux2_relay.stages.train.residence import Reader, Residence, Resident
@@ -49,7 +50,7 @@ class Transformer:
     residence: Residence
     """The weights of the blocks, double ones first."""
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    """Full module path -> (A, B, scale); filled by `lora.attach`."""
+    """Full module path -> what is attached to it; filled by `lora.attach`."""
     keep: int = 0
     """The last blocks whose wide projections the forward pass keeps for the backward pass."""
     attention_heads: int = 0

@@ -20,7 +20,7 @@ KEYS = {
     "data": "path captions trigger repeats resolutions upscale crop flip background masks references prior",
     "encode": "bits stream batch_tokens",
     "cache": "path dtype latents_dtype codec",
-    "lora": "kind rank alpha targets exclude ranks dropout init",
+    "lora": "kind rank alpha factor targets exclude ranks dropout init",
     "train": "steps batch accumulate lr schedule warmup optimizer betas eps weight_decay clip sigma "
     "sigma_shift weighting guidance caption_dropout prior_weight ema dtype",
     "memory": "budget bits stream",
@@ -47,7 +47,7 @@ data:
     prior: false
 encode: {bits: 8, stream: auto, batch_tokens: 8192}
 cache: {path: store.zarr, dtype: bfloat16, latents_dtype: float16, codec: zstd}
-lora: {kind: lora, rank: 16, alpha: 16, targets: blocks, exclude: [], ranks: {}, dropout: 0.0, init: null}
+lora: {kind: lora, rank: 16, alpha: 16, factor: 16, targets: blocks, exclude: [], ranks: {}, dropout: 0.0, init: null}
 train:
   steps: 1000
   batch: 1
@@ -236,16 +236,6 @@ def test_data_is_one_mapping_or_a_list(load, refusal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
-    [
-        ("lora.kind=dora", "'lora.kind' cannot be 'dora' yet; the only value so far is 'lora'"),
-    ],
-)
-def test_what_is_not_there_yet_is_refused_plainly(refusal, assignment: str, said: str) -> None:
-    assert refusal(SMALLEST, assignment) == [f"--set {assignment}: {said}"]
-
-
-@pytest.mark.parametrize(
     "assignment",
     [
         "run.seed=4294967296",
@@ -258,6 +248,8 @@ def test_what_is_not_there_yet_is_refused_plainly(refusal, assignment: str, said
         "cache.dtype=float16",
         "cache.codec=gzip",
         "lora.rank=0",
+        "lora.kind=loha",
+        "lora.factor=0",
         "lora.alpha=0",
         "lora.targets=[]",
         "lora.targets=attn",

@@ -152,7 +152,7 @@ def test_our_own_files_are_read_at_their_strength(tmp_path: Path, dev: Path) -> 
     export.write_diffusers(model, tmp_path / "exported.safetensors", {"flux2_relay.alpha": "5.0"})
     metadata = lora.metadata(model, LoraOptions(rank=2, alpha=5.0, ranks={"to_k": 3}))
     write(tmp_path / "checkpoint.safetensors", lora.parameters(model), metadata)
-    expected = {path: np.array(scale * (b @ a)) for path, (a, b, scale) in model.adapters.items()}
+    expected = {path: np.array(scale * (b @ a)) for path, (a, b, scale, _) in model.adapters.items()}
     for name in ("exported", "checkpoint"):
         found = adapter_file.read(tmp_path / f"{name}.safetensors", model.spec)
         assert_same({path: f.scale * np.array(f.b @ f.a) for path, f in found.items()}, expected)
@@ -253,12 +253,12 @@ def test_a_start_is_the_update_of_the_file(tmp_path: Path, dev: Path) -> None:
     lora.attach(model, options, seed=1)
     fresh = dict(model.adapters)
     init.start(model, options)
-    started_a, started_b, scale = model.adapters["transformer_blocks.0.attn.to_q"]
+    started_a, started_b, scale, _ = model.adapters["transformer_blocks.0.attn.to_q"]
     np.testing.assert_allclose(np.array(scale * started_b @ started_a), 2.5 * np.array(b @ a), rtol=1e-5, atol=1e-5)
     assert started_a.shape == (4, columns)
     assert mx.array_equal(started_a[2:], fresh["transformer_blocks.0.attn.to_q"][0][2:])
     other = "transformer_blocks.1.attn.to_q"
-    assert all(mx.array_equal(x, y) for x, y in zip(model.adapters[other], fresh[other], strict=True))
+    assert all(mx.array_equal(x, y) for x, y in zip(model.adapters[other][:3], fresh[other][:3], strict=True))
 
 
 def test_what_cannot_be_taken_over_whole_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tiny.compare import assert_all_near
 
 from flux2_relay.stages.train import blocks, dropout, lora, objective
 from flux2_relay.stages.train.backprop import loss_and_gradients
+from flux2_relay.stages.train.kinds import Lora
 from flux2_relay.stages.train.lora import LoraOptions
 from flux2_relay.stages.train.transformer import Transformer
 
@@ -38,7 +39,8 @@ def by_hand(model: Transformer, case: cases.Case, masks: Callable[[mx.array, tup
         assert isinstance(weight, mx.array)
         if not adapter:
             return x @ weight.T
-        a, b, scale, keys, _ = adapter
+        assert isinstance(adapter, Lora)
+        a, b, scale, (keys, _) = adapter
         return x @ weight.T + scale * ((x * masks(keys, x.shape)) @ a.T @ b.T)
 
     def loss(values: dict[str, mx.array]) -> mx.array:

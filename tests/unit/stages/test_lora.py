@@ -94,7 +94,7 @@ def test_adapters_start_as_the_base_model(transformer: Transformer) -> None:
     assert len(named) == 2 * len(transformer.adapters) == 56
     assert named["transformer_blocks.0.ff.linear_out.lora_A.weight"].shape == (2, 192)
     assert named["transformer_blocks.0.ff.linear_in.lora_B.weight"].shape == (384, 4)
-    for path, (a, b, scale) in transformer.adapters.items():
+    for path, (a, b, scale, _) in transformer.adapters.items():
         rank = 2 if path.endswith("ff.linear_out") else 4
         assert a.dtype == b.dtype == mx.float32
         assert scale.item() == 6.0 / rank
@@ -121,7 +121,7 @@ def test_weights_are_set_and_scales_stay(transformer: Transformer) -> None:
     values = {name: mx.ones_like(value) for name, value in lora.parameters(transformer).items()}
     lora.load(transformer, values)
     assert all(value.min().item() == 1 for value in lora.parameters(transformer).values())
-    assert {scale.item() for _, _, scale in transformer.adapters.values()} == {1.5}
+    assert {scale.item() for _, _, scale, _ in transformer.adapters.values()} == {1.5}
 
 
 def test_weights_that_do_not_fit_are_all_named(transformer: Transformer) -> None:

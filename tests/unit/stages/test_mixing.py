@@ -82,10 +82,10 @@ def test_strength_multiplies_alpha_over_rank(dev: Path, files: list[Path]) -> No
     values = mx.load(str(files[0]))
     assert isinstance(values, dict)
     path = "transformer_blocks.1.attn.to_k"  # in the first file alone
-    a, b, scale = model.adapters[path]
+    a, b, scale, _ = model.adapters[path]
     assert mx.array_equal(a, values[f"transformer.{path}.lora_A.weight"])
     assert mx.array_equal(scale * b, values[f"transformer.{path}.lora_B.weight"] * (6.0 / 4 * 0.5))
-    a, b, _ = model.adapters["transformer_blocks.1.attn.to_q"]
+    a, b, *_ = model.adapters["transformer_blocks.1.attn.to_q"]
     assert (a.shape[0], b.shape[1]) == (7, 7)
 
 
