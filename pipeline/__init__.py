@@ -27,8 +27,13 @@ schema.py      YAML into dataclasses, a line number for every fault
 request.py     what names a set: the part of a config that stage one obeys
 run_folder.py  one run's folder: config, metrics, log
 events.py      the metrics for TensorBoard
-report.py      a run as one HTML page
-charts.py      its curves, as SVG
-page.py        its frame and looks
+origin.py      what a run was made from, kept in its folder for its report
+report*.py     a run as one HTML page: its verdict, charts, previews, data
+held_out.py    what it says of the held-out loss
+comparison.py  several runs on one page
+charts.py      curves as SVG
+page*.py       the frame of both, their looks and their one script
+live.py        the page while training goes on
+closing.py     the last line of a stage
 signals.py     Ctrl-C and SIGTERM
 """

@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
+
+Colour = Literal["a", "b", "c", "d", "e", "f", "g", "h"]
+COLOURS: tuple[Colour, ...] = get_args(Colour)
 
 MOST_POINTS = 1000
 """Points that a series is thinned to, so that a page of a long run stays small."""
@@ -19,13 +22,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 40  # room around the frame: tick lab
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """Numbers to draw: x and y [n], as a cloud of points, a line, or a line with a dot at each value."""
+    """Numbers to draw: x and y [n], as a cloud of points, a line, a dashed one, or one with a dot at each value."""
 
     x: np.ndarray
     y: np.ndarray
     name: str
-    style: Literal["points", "line", "dots"] = "line"
-    colour: Literal["a", "b"] = "a"
+    style: Literal["points", "line", "dashed", "dots"] = "line"
+    colour: Colour = "a"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +52,16 @@ class Chart:
         level = f'<path class="level" d="{frame.horizontal(self.level)}"/>' if frame.holds(self.level) else ""
         width, height = self.size
         return (
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.described())}">'
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.described())}" '
+            f'data-frame="{frame.told()}" data-x="{escape(self.x_label)}">'
             f"{frame.axes()}{level}{''.join(drawn)}</svg>"
         )
 
     def described(self) -> str:
         """The chart in words, for those who do not see it."""
         said = [f"{s.name} from {short(s.y[0])} to {short(s.y[-1])}" for s in self.series if len(s.y)]
-        return f"{self.title}, {self.y_label} over {self.x_label}: {', '.join(said) or 'no values'}"
+        measure = f"{self.title}, {self.y_label}" if self.y_label else self.title
+        return f"{measure} over {self.x_label}: {', '.join(said) or 'no values'}"
 
     def shows_level(self) -> bool:
         """Whether there is a level, and inside the frame."""
@@ -66,6 +71,17 @@ class Chart:
         """How many values lie above the frame."""
         top = _Frame(self).y[1]
         return sum(int(np.count_nonzero(series.y > top)) for series in self.series)
+
+
+def figure(chart: Chart, kind: str = "") -> str:
+    """A chart with its title, the key to its series where it has several, and what lies outside."""
+    keys = [(f"{s.style} {s.colour}", s.name) for s in chart.series] if len(chart.series) > 1 else []
+    keys += [("level", chart.level_name)] if chart.shows_level() else []
+    legend = "".join(f'<span class="key {looks}"><i>{escape(name)}</i></span>' for looks, name in keys)
+    above = chart.above()
+    note = f"<p>{above} value{'s' if above != 1 else ''} above the frame</p>" if above else ""
+    caption = f"<figcaption><b>{escape(chart.title)}</b><span>{legend}</span></figcaption>"
+    return f'<figure class="{kind}">{caption}{chart.svg()}{note}</figure>\n'
 
 
 class _Frame:
@@ -98,6 +114,11 @@ class _Frame:
         ((_, y),) = self.place(np.array([self.x[0]]), np.array([level], float))
         return f"M{_LEFT} {y:.1f}H{self.right}"
 
+    def told(self) -> str:
+        """The ranges and the edges, for the script that reads values back off the paper."""
+        edges = (_LEFT, self.right, _TOP, self.bottom)
+        return " ".join(f"{value:.10g}" for value in (*self.x, *self.y, *edges))
+
     def axes(self) -> str:
         """Grid, tick labels and axis labels."""
         parts = []
@@ -115,7 +136,7 @@ class _Frame:
         parts.append(f'<path class="axis" d="M{_LEFT} {self.bottom}H{self.right}"/>')
         parts.append(f'<text class="label" x="{middle:.0f}" y="{self.chart.size[1] - 6}">{label_x}</text>')
         turned = f'transform="rotate(-90 11 {height:.0f})"'
-        parts.append(f'<text class="label" x="11" y="{height:.0f}" {turned}>{label_y}</text>')
+        parts.append(f'<text class="label" x="11" y="{height:.0f}" {turned}>{label_y}</text>' if label_y else "")
         return "".join(parts)
 
 
@@ -125,13 +146,15 @@ def _draw(series: Series, frame: _Frame) -> str:
     if not points:
         return ""
     dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in points)  # no length, round ends: one path draws them all
+    name = f'data-name="{escape(series.name)}"'
     if series.style == "points" or len(points) == 1:
         # A few faint points would be overlooked, one even more so.
         kind = "dots" if len(points) == 1 else "points few" if len(points) < 100 else "points"
-        return f'<path class="{kind} {series.colour}" d="{dots}"/>'
+        return f'<path class="{kind} {series.colour}" {name} d="{dots}"/>'
     line = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     marks = f'<path class="dots {series.colour}" d="{dots}"/>' if series.style == "dots" else ""
-    return f'<path class="line {series.colour}" d="M{line}"/>{marks}'
+    kind = "line dashed" if series.style == "dashed" else "line"
+    return f'<path class="{kind} {series.colour}" {name} d="M{line}"/>{marks}'
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:

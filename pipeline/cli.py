@@ -95,11 +95,17 @@ def decode(run: Path) -> None:
 
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
-def report(runs: tuple[Path, ...]) -> None:
-    """Write RUNS' loss curve and previews as one HTML page each."""
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The page that compares several: comparison.html beside them.",
+)
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Write RUNS' curves, previews and data as one HTML page each, and of several runs one that compares them."""
     from flux2_relay.pipeline import commands
 
-    commands.report(runs)
+    commands.report(runs, output)
 
 
 @cli.command()

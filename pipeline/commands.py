@@ -3,13 +3,14 @@
 A stage is imported when its command runs and never beside another: each is its own process.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import card, events, rank, run_folder
+from flux2_relay.pipeline import card, closing, events, live, origin, rank, run_folder
 from flux2_relay.pipeline.config import Config, flat
 from flux2_relay.pipeline.run_folder import RunFolder, say
 
@@ -29,13 +30,13 @@ def encode(config: Config) -> None:
     from flux2_relay import cache
     from flux2_relay.stages.encode import stage
 
+    under_way = closing.Stage()
     say_blas()
     job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
     done = stage.encode(job)
-    say(
-        f"{config.cache.path}: encoded {done.captions} captions and {done.images} images, "
-        f"{done.present} entries were there; set {done.set[:12]} is complete"
-    )
+    say(f"{config.cache.path}: {done.present} entries were there; set {done.set[:12]} is complete")
+    made = f"encoded {done.captions} captions and {done.images} images"
+    under_way.close(made, closing.same_config("train"))
 
 
 def encode_job(config: Config, open_store: "Callable[[], Store]") -> "stage.Job":
@@ -167,6 +168,7 @@ def _assist(job: "TrainJob", given: Ready) -> None:
 def _train(config: Config, given: Ready, job: "TrainJob") -> None:
     from flux2_relay.stages.train import loop
     from flux2_relay.stages.train import resume as resuming
+    from flux2_relay.stages.train.transformer import stock_of
 
     data = resuming.digest_of_data(given.record.body)
     changes = resuming.check(config.run.folder, flat(config), data, job.group.size) if job.resume else []
@@ -175,11 +177,25 @@ def _train(config: Config, given: Ready, job: "TrainJob") -> None:
         run.say(sentence)
     if job.group.any(_is_finished(run, config.train.steps)):
         say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
+        say(f"next: {_after_training(run, is_finished=True)}")
         return
     say_blas()
-    with events.journal(run, config.log.tensorboard) as journal:
-        done = loop.run(job, given.places, given.spec, journal)
-    say(f"{done} of {config.train.steps} steps done; the adapter is {run.adapter}")
+    layout = loop.layout_of(job, given.spec, stock_of(given.places.transformer, given.spec))
+    origin.keep(run, config, job, given.places, given.spec, layout)
+    under_way = closing.Stage(layout.peak_bytes)
+    with events.journal(run, config.log.tensorboard) as journal, live.watched(journal, run, config) as watched:
+        done = loop.run(job, given.places, given.spec, watched)
+    say(f"the adapter is {run.adapter}; the report is {run.path / 'report.html'}")
+    steps = config.train.steps
+    under_way.close(f"{done} of {steps} steps done", _after_training(run, is_finished=done >= steps))
+
+
+def _after_training(run: RunFolder, is_finished: bool) -> str:
+    """The command that comes next: the same again, or what makes pictures of previews, or the page."""
+    if not is_finished:
+        return closing.same_config("train")
+    has_previews = any((run.path / "previews").glob("*.safetensors"))
+    return shlex.join(["relay", "decode" if has_previews else "report", str(run.path)])
 
 
 def decode(path: Path) -> None:
@@ -188,20 +204,28 @@ def decode(path: Path) -> None:
     from flux2_relay.stages.decode import stage
 
     run, config = run_folder.open_run(path)
+    under_way = closing.Stage()
     say_blas()
     model = config.model
     budget_bytes = memory.budget_bytes(config.memory.budget)
     made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say, budget_bytes)
-    say(f"decoded {len(made)} previews; the contact sheet is {run.path / 'previews' / 'sheet.png'}")
+    say(f"the contact sheet is {run.path / 'previews' / 'sheet.png'}")
+    under_way.close(f"decoded {len(made)} previews", shlex.join(["relay", "report", str(path)]))
 
 
-def report(paths: tuple[Path, ...]) -> None:
-    """One HTML page a run."""
+def report(paths: tuple[Path, ...], output: Path | None) -> None:
+    """One HTML page a run, and of several one more that compares them."""
+    from flux2_relay.pipeline import comparison
     from flux2_relay.pipeline.report import write_report
 
-    for path in paths:
-        run, config = run_folder.open_run(path)
+    runs = [run_folder.open_run(path) for path in dict.fromkeys(paths)]
+    if output is not None and len(runs) == 1:
+        raise InputError("-o names the page that compares runs; one run's report is always report.html in its folder")
+    for run, config in runs:
+        origin.take_thumbnails(run, config)
         say(f"the report is {write_report(run, config)}")
+    if len(runs) > 1:
+        say(f"the comparison is {comparison.write(runs, output)}")
 
 
 def require(config: Config, places: "ModelFolders", *parts: "PartName") -> None:

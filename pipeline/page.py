@@ -1,102 +1,26 @@
-"""The frame of a report: one HTML page that asks for nothing else, in the reader's light or dark scheme."""
+"""The frame of a report: one HTML page that asks for nothing else, in the reader's light or dark scheme.
 
-from html import escape
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser refuses any request too
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #1d1c1a; --soft: #6a6760; --line: #e3e0d8;
-  --grid: #eceae3; --a: #2b62b5; --b: #c8601f; --good: #2f7d4f; --warn: #9a5b00; --shade: 0 1px 2px #0000000d; }
-@media (prefers-color-scheme: dark) { :root { --paper: #151618; --card: #1c1e21; --ink: #e9e7e2; --soft: #9b9a95;
-  --line: #2f3237; --grid: #292c30; --a: #7fb0f5; --b: #f0a066; --good: #7fcf9f; --warn: #e8b45e; --shade: none; } }
-@media print { :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --soft: #555; --line: #ccc;
-  --grid: #e8e8e8; --a: #2b62b5; --b: #c8601f; --good: #2f7d4f; --warn: #9a5b00; --shade: none; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", Arial, sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; overflow-wrap: anywhere; }
-h2 { margin: 2.6rem 0 .9rem; font-size: 1.1rem; letter-spacing: -.005em; }
-.kind { margin: 0 0 .2rem; color: var(--soft); font-size: .85rem; }
-.verdict { margin: .5rem 0 0; font-size: 1.05rem; max-width: 60rem; }
-.verdict::before { content: ""; display: inline-block; width: .6rem; height: .6rem; border-radius: 50%;
-  margin-right: .55rem; background: var(--good); }
-.verdict.open::before { background: var(--warn); }
-code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.6rem 0 0; }
-.facts div, figure, details { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  box-shadow: var(--shade); }
-.facts div { padding: .7rem .9rem; }
-dt { color: var(--soft); font-size: .8rem; }
-.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; letter-spacing: -.01em; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.facts small { display: block; color: var(--soft); font-size: .78rem; font-weight: 400; letter-spacing: 0;
-  white-space: normal; line-height: 1.35; }
-.charts { display: grid; grid-template-columns: repeat(12, 1fr); gap: .75rem; }
-figure { margin: 0; padding: .8rem .8rem .5rem; grid-column: span 3; min-width: 0; display: flex;
-  flex-direction: column; }
-figure.wide { grid-column: span 8; } figure.tall { grid-column: span 4; }
-figcaption { font-size: .75rem; padding-left: .2rem; }
-figcaption b { display: block; font-size: .9rem; font-weight: 600; }
-figcaption span { display: flex; flex-wrap: wrap; gap: 0 .8rem; min-height: 1.2rem; }
-figcaption .key { display: block; min-height: 0; white-space: nowrap; }
-figure p { margin: .1rem 0 .2rem .2rem; font-size: .75rem; color: var(--soft); }
-.key::before { content: ""; display: inline-block; width: .95rem; height: .2rem; border-radius: .1rem;
-  margin-right: .4rem; vertical-align: middle; background: currentColor; }
-.key i { font-style: normal; color: var(--soft); } .key.a { color: var(--a); } .key.b { color: var(--b); }
-.key.points::before { width: .38rem; height: .38rem; border-radius: 50%; opacity: .5; }
-.key.level::before { height: 0; border-top: 1.5px dashed var(--soft); background: none; border-radius: 0; }
-svg { display: block; width: 100%; height: auto; margin-top: .4rem; overflow: visible; }
-svg text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; text-anchor: middle; }
-svg .tick.y { text-anchor: end; }
-svg path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--line); }
-path.level { stroke: var(--soft); stroke-dasharray: 4 4; stroke-linecap: butt; }
-path.line { stroke-width: 2; } path.points { stroke-width: 3.4; opacity: .28; }
-path.few { stroke-width: 6; opacity: .45; } path.dots { stroke-width: 6.5; }
-path.a { stroke: var(--a); } path.b { stroke: var(--b); }
-.scroll + .scroll { margin-top: .75rem; }
-.scroll { overflow-x: auto; width: fit-content; max-width: 100%;
-  border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
-  box-shadow: var(--shade); }
-table { border-collapse: separate; border-spacing: 0; }
-.previews th, .previews td { padding: .6rem .45rem; vertical-align: top; text-align: left; }
-.previews thead th { font-size: .8rem; font-weight: 600; white-space: nowrap; border-bottom: 1px solid var(--line); }
-.previews thead th small, .prompt small { display: block; color: var(--soft); font-weight: 400; font-size: .75rem; }
-.previews tbody tr + tr > * { border-top: 1px solid var(--line); }
-.previews .prompt { position: sticky; left: 0; z-index: 1; background: var(--card); min-width: 11rem; max-width: 17rem;
-  padding-left: .9rem; font-weight: 400; font-size: .88rem; overflow-wrap: anywhere; white-space: pre-line; }
-.previews td { min-width: 10.5rem; width: 15rem; }
-.previews img { display: block; width: 100%; max-width: 22rem; height: auto; border-radius: .35rem; }
-.previews img.small { image-rendering: pixelated; }
-.none { display: grid; place-items: center; aspect-ratio: 1; border: 1px dashed var(--line); border-radius: .35rem;
-  color: var(--soft); font-size: .8rem; text-align: center; padding: .5rem; }
-.hint { margin: 0 0 .9rem; color: var(--soft); }
-.about { font-size: .88rem; } .about th { font-weight: 400; color: var(--soft); text-align: left;
-  vertical-align: top; padding: .15rem 1.4rem .15rem 0; white-space: nowrap; } .about td { overflow-wrap: anywhere; }
-details { margin-top: .75rem; } summary { cursor: pointer; padding: .65rem .9rem; font-size: .92rem; font-weight: 600; }
-details pre { margin: 0; padding: .2rem 1rem 1rem; overflow-x: auto; font-size: .8rem; line-height: 1.5; }
-@media (max-width: 64rem) { figure, figure.tall { grid-column: span 6; } figure.wide { grid-column: span 12; } }
-@media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem; } figure, figure.tall, figure.wide {
-  grid-column: span 12; } figure.wide svg text { font-size: 19px; }
-  .previews .prompt { min-width: 8rem; max-width: 9rem; } }
-@media print { @page { margin: 14mm; } main { max-width: none; padding: 0; } body { font-size: 10pt; }
-  figure { grid-column: span 6; } figure.wide { grid-column: span 12; } figure.tall { grid-column: span 6; }
-  .facts { grid-template-columns: repeat(3, 1fr); }
-  figure, .facts div, .previews tr { break-inside: avoid; } h2 { break-after: avoid; }
-  .scroll { overflow: visible; border: 0; } .previews { table-layout: fixed; width: 100%; }
-  .previews td, .previews .prompt { min-width: 0; width: auto; position: static; padding: .35rem .25rem; }
-  .previews thead th { white-space: normal; } details pre { white-space: pre-wrap; } }
+The browser is told to refuse every request, and every script but the page's own, which it knows by its hash.
 """
 
+import base64
+import hashlib
+from html import escape
 
-def page(title: str, body: str) -> str:
-    """A whole page around `body`, which is HTML already; `title` is plain text."""
+from flux2_relay.pipeline.page_script import SCRIPT
+from flux2_relay.pipeline.page_style import STYLE
+
+_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+_POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
+
+
+def page(title: str, body: str, live: bool = False) -> str:
+    """A whole page around `body`, which is HTML already; `title` is plain text, a `live` page reloads itself."""
+    reload = '<noscript><meta http-equiv="refresh" content="60"></noscript>\n' if live else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n"
-        "</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n{reload}'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body{' data-live' if live else ''}>\n"
+        f"<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )

@@ -3,8 +3,6 @@
 Prompts that differ in the trigger alone stand in one row: what training taught shows with it, what leaked without it.
 """
 
-import base64
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -12,11 +10,13 @@ from pathlib import Path
 
 from flux2_relay.pipeline.charts import short
 from flux2_relay.pipeline.config import Config
+from flux2_relay.pipeline.report_pictures import embedded
 from flux2_relay.pipeline.run_folder import RunFolder
 from flux2_relay.stages.train.options import PromptOptions
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_SMALL = 192  # pixels; a picture below is enlarged without blurring it
+MOST_STEPS = 10
+"""Steps that have a column; of more, evenly spread ones are shown, first and last among them."""
+_MOST_PIXELS = 640  # of a picture's longer side
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,43 @@ def previews(run: RunFolder, config: Config) -> str:
     found = {(preview.number, preview.step): preview for preview in find_previews(run)}
     if not found:
         return '<h2>Previews</h2>\n<p class="hint">None were drawn (<code>previews.prompts</code>).</p>'
-    steps = sorted({step for _, step in found})
+    every = sorted({step for _, step in found})
+    steps = spread(every)
     pairs = trigger_pairs(config) if len(steps) > 1 else []
     shown = {number for pair in pairs for number in pair} if len(steps) == 2 else set()
     rest = sorted({number for number, _ in found} - shown)
-    parts = [_undecoded(run, list(found.values())), _pairs(found, pairs, steps, config)]
+    parts = [_undecoded(run, list(found.values())), _left_out(run, steps, every)]
+    parts += [compare(), _pairs(found, pairs, steps, config)]
     parts.append(_every_step(found, rest, steps, config) if rest else "")
     return "<h2>Previews</h2>\n" + "\n".join(filter(None, parts))
+
+
+def compare(left: str = "", right: str = "") -> str:
+    """The slider over two pictures of the page; a script fills it with those that say `data-row` and `data-name`.
+
+    `left` and `right` are the names that it shows first, where they are there; else a row's first and last.
+    """
+    return f"""<section class="compare" aria-label="Two pictures, one over the other" hidden
+data-left="{escape(left)}" data-right="{escape(right)}">
+<p><label>Prompt <select></select></label> <label>Left <select></select></label>
+<label>Right <select></select></label></p>
+<div class="stage"><span></span><span></span>
+<input type="range" min="0" max="100" step="1" value="50" aria-label="Where left ends and right begins"></div>
+</section>"""
+
+
+def spread(steps: Sequence[int], most: int = MOST_STEPS) -> list[int]:
+    """At most `most` of these, evenly spread, first and last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+
+
+def _left_out(run: RunFolder, steps: Sequence[int], every: Sequence[int]) -> str:
+    if len(steps) == len(every):
+        return ""
+    where = f"<code>{escape(str(run.path / 'previews'))}</code>"
+    return f'<p class="hint">Of {len(every)} steps {len(steps)} are shown; all are in {where}.</p>'
 
 
 def trigger_pairs(config: Config) -> list[tuple[int, int]]:
@@ -73,10 +103,11 @@ def _pairs(found: Found, pairs: Sequence[tuple[int, int]], steps: Sequence[int],
     if not pairs:
         return ""
     ends, prompts = (steps[0], steps[-1]), config.previews.pictures()
+    names = row_names(prompts)
     rows = []
     for pair in pairs:
         wanted = [(number, step) for number in pair for step in ends]
-        cells = "".join(f"<td>{_cell(found.get(one), prompts[one[0]].prompt)}</td>" for one in wanted)
+        cells = "".join(f"<td>{_cell(found.get(one), prompts[one[0]], names)}</td>" for one in wanted)
         rows.append(f'<tr><th scope="row" class="prompt">{_prompt(prompts[pair[1]])}</th>{cells}</tr>')
     kinds = "with the trigger", "without it"
     heads = [_step_name(step, steps, config).replace("<small>", f"<small>{kind}, ") for kind in kinds for step in ends]
@@ -85,9 +116,10 @@ def _pairs(found: Found, pairs: Sequence[tuple[int, int]], steps: Sequence[int],
 
 def _every_step(found: Found, numbers: Sequence[int], steps: Sequence[int], config: Config) -> str:
     prompts, rows = config.previews.pictures(), []
+    names = row_names(prompts)
     for number in numbers:
         options = prompts[number] if number < len(prompts) else PromptOptions(prompt=f"prompt {number}")
-        cells = "".join(f"<td>{_cell(found.get((number, step)), options.prompt)}</td>" for step in steps)
+        cells = "".join(f"<td>{_cell(found.get((number, step)), options, names)}</td>" for step in steps)
         rows.append(f'<tr><th scope="row" class="prompt">{_prompt(options)}</th>{cells}</tr>')
     return _table([_step_name(step, steps, config) for step in steps], rows)
 
@@ -122,14 +154,32 @@ def _step_name(step: int, steps: Sequence[int], config: Config) -> str:
     return f"step {step:,}<small>{kind or '&nbsp;'}</small>"
 
 
-def _cell(preview: Preview | None, prompt: str) -> str:
+def row_names(prompts: Sequence[PromptOptions]) -> Mapping[PromptOptions, str]:
+    """What the slider calls each: its words, and its number where others have the same."""
+    words = [prompt.prompt or "(empty prompt)" for prompt in prompts]
+    return {
+        prompt: said if words.count(said) == 1 else f"{number}. {said}"
+        for number, (prompt, said) in enumerate(zip(prompts, words, strict=True), 1)
+    }
+
+
+def _cell(preview: Preview | None, prompt: PromptOptions, names: Mapping[PromptOptions, str]) -> str:
+    if preview is None:
+        return _none()
+    step, row = preview.step, names.get(prompt, prompt.prompt)
+    return cell(preview, f"{prompt.prompt}, step {step}", (row, f"step {step}", step))
+
+
+def cell(preview: Preview | None, told: str, shown: tuple[str, str, int], most: int = _MOST_PIXELS) -> str:
+    """What stands in a table for one preview; `shown` is what the slider calls its row and it, and its place there."""
     if preview is None or preview.picture is None:
-        return f'<div class="none">{"not drawn" if preview is None else "not decoded yet"}</div>'
-    data = preview.picture.read_bytes()
-    if not data.startswith(_PNG) or len(data) < 24:
-        return f'<div class="none">{escape(preview.picture.name)} is no PNG</div>'
-    width, height = struct.unpack(">II", data[16:24])
-    kind = ' class="small"' if max(width, height) < _SMALL else ""
-    told = escape(f"{prompt}, step {preview.step}")
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return f'<img{kind} width="{width}" height="{height}" alt="{told}" src="{source}">'
+        return _none("not drawn" if preview is None else "not decoded yet")
+    picture = embedded(preview.picture, most)
+    if picture is None:
+        return _none(f"{preview.picture.name} is no PNG")
+    row, name, order = shown
+    return picture.img(told, f' data-row="{escape(row)}" data-name="{escape(name)}" data-order="{order}"')
+
+
+def _none(why: str = "not drawn") -> str:
+    return f'<div class="none">{escape(why)}</div>'

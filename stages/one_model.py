@@ -4,6 +4,7 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import mlx.core as mx
@@ -13,6 +14,19 @@ from flux2_relay.stages import measure
 Result = TypeVar("Result")
 
 _held: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One model's turn that is over."""
+
+    name: str
+    peak_bytes: int
+    predicted_bytes: int | None
+
+
+turns: list[Turn] = []
+"""Every turn of this process so far, for what a stage says at its end."""
 
 
 def in_turn(
@@ -40,6 +54,7 @@ def in_turn(
         planned = "" if predicted_bytes is None else f" (predicted {measure.in_words(predicted_bytes)})"
         of_time = "" if predicted_seconds is None else f" (predicted {predicted_seconds:.1f} s)"
         release()
+        turns.append(Turn(name, peak, predicted_bytes))
         say(
             f"{name} released after {time.perf_counter() - started:.1f} s{of_time}; arrays: "
             f"{measure.in_words(before)} before, {measure.in_words(peak)} at the peak{planned}, "
