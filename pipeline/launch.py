@@ -63,13 +63,14 @@ def run(hosts: Path, arguments: Sequence[str], port: int | None) -> None:
 
     `port`: the first one that ranks listen on; None leaves it to `mlx.launch`.
     """
-    check_hosts(hosts)
+    names = read_hosts(hosts)
     if "MLX_RANK" in os.environ:
         raise InputError("--hosts starts the ranks itself; leave it out under `mlx.launch`")
     ports = [] if port is None else ["--starting-port", str(port), "--nccl-port", str(port)]
+    gpus = ["--repeat-hosts", str(max(map(names.count, names)))]  # over NCCL it counts the GPUs of a host by this alone
     command = [sys.executable, "-m", "flux2_relay.pipeline.cli", *arguments]
     process = subprocess.Popen(
-        [_launcher(), "--hostfile", str(hosts), *ports, "--", *command],
+        [_launcher(), "--hostfile", str(hosts), *ports, *gpus, "--", *command],
         stdin=subprocess.PIPE,  # never written to: it would read from a closed one without end
         stdout=subprocess.PIPE,
         text=True,
@@ -80,7 +81,7 @@ def run(hosts: Path, arguments: Sequence[str], port: int | None) -> None:
     assert process.stdout is not None
     ends: dict[int, int] = {}
     size = 0
-    with _handing_on(process):
+    with process, _handing_on(process):
         for line in process.stdout:
             click.echo(line, nl=False)
             if found := rank.ENDED.search(line):
@@ -90,8 +91,8 @@ def run(hosts: Path, arguments: Sequence[str], port: int | None) -> None:
     conclude(ends, size, status)
 
 
-def check_hosts(path: Path) -> None:
-    """Refuse a host file that is none; InputError."""
+def read_hosts(path: Path) -> list[str]:
+    """The machines that a host file names, one a rank; InputError where it is none, or names no two ranks."""
     try:
         told = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -102,6 +103,9 @@ def check_hosts(path: Path) -> None:
             f'{path}: is no host file; it takes a list like [{{"ssh": "mac1.local", "ips": ["10.0.0.1"]}}, …], as '
             "`mlx.distributed_config` writes it"
         )
+    if len(hosts) < 2:
+        raise InputError(f"{path}: names one rank; leave --hosts out, or name a machine once for each of its GPUs")
+    return [str(host["ssh"]) for host in hosts]
 
 
 def _launcher() -> str:
