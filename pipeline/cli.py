@@ -34,11 +34,15 @@ def cli() -> None:
 
 @cli.command()
 @config_options
-def encode(config_file: Path, settings: tuple[str, ...]) -> None:
-    """Stage one: captions and pictures into the store; what is there is not encoded again."""
+@click.option("--shard", default="1/1", metavar="I/N", help="Of the entries only share I of N, for batch systems.")
+def encode(config_file: Path, settings: tuple[str, ...], shard: str) -> None:
+    """Stage one: captions and pictures into the store; what is there is not encoded again.
+
+    Any number of these may fill one store at once, on any machines.
+    """
     from flux2_relay.pipeline import commands, config
 
-    commands.encode(config.load_config(config_file, settings))
+    commands.encode(config.load_config(config_file, settings), shard)
 
 
 @cli.command()

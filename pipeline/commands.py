@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from flux2_relay.stages.train.ranks import Group
 
 
-def encode(config: Config) -> None:
-    """Stage one."""
+def encode(config: Config, shard: str = "1/1") -> None:
+    """Stage one, or of its work the share I/N that is named."""
     from flux2_relay import cache
-    from flux2_relay.stages.encode import stage
+    from flux2_relay.stages.encode import sharing, stage
 
+    share = sharing.shard(shard)
     under_way = closing.Stage()
     say_blas()
     job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
-    done = stage.encode(job)
-    say(f"{config.cache.path}: {done.present} entries were there; set {done.set[:12]} is complete")
+    done = stage.encode(replace(job, shard=share))
+    state = f"lacks {done.others} entries of other shards" if done.others else "is complete"
+    say(f"{config.cache.path}: {done.present} entries were there; set {done.set[:12]} {state}")
     made = f"encoded {done.captions} captions and {done.images} images"
     under_way.close(made, closing.same_config("train"))
 

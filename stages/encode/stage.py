@@ -12,8 +12,6 @@ from functools import partial
 from importlib.metadata import version
 from math import prod
 from os import environ
-from secrets import randbelow
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -39,13 +37,13 @@ from flux2_relay.stages.encode.entries import (
 from flux2_relay.stages.encode.layout import TextLayout, text_layout
 from flux2_relay.stages.encode.notes import notes
 from flux2_relay.stages.encode.options import EncodeOptions
+from flux2_relay.stages.encode.sharing import WHOLE, Shard, own_order
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
 from flux2_relay.stages.weights import Tensors, listing
 
-Of = TypeVar("Of")
 TextWants = Mapping[str, Mapping[str, object]]
 """Text entries to be made: key -> key object."""
 
@@ -72,6 +70,8 @@ class Job:
     say: Callable[[str], None]
     told: Mapping[str, object] = field(default_factory=dict)
     """What is told beside the set and no part of its name."""
+    shard: Shard = WHOLE
+    """What of it falls to this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,11 @@ class Encoded:
     captions: int  # encoded now and here, shared rows not counted
     images: int
     present: int  # entries that were there before
+    others: int = 0  # entries of other shards that are not there yet
 
 
 def encode(job: Job) -> Encoded:
-    """Fill the store with every entry that the job needs.
+    """Fill the store with every entry that the job needs and that falls to its shard.
 
     InputError names pictures that turned out unreadable; everything else is committed before it is raised.
     """
@@ -103,28 +104,22 @@ def encode(job: Job) -> Encoded:
     present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, missing.values()))
     captions = pictures = 0
     for _ in range(_ROUNDS):
-        if not missing:
+        mine = job.shard.of(missing)
+        if not mine:
             break
-        bad = _encode_masks(job, {key: want.masks[key] for key in missing.get("masks", ())})
-        if keys := missing.get("text"):
-            captions += _text_in_turn(job, text_spec, tokenizer, _turned({key: want.text[key] for key in keys}))
-        if keys := missing.get("latents"):
-            done, unread = _latents_in_turn(job, vae_spec, _turned({key: want.latents[key] for key in keys}))
+        bad = _encode_masks(job, {key: want.masks[key] for key in mine.get("masks", ())})
+        if keys := mine.get("text"):
+            captions += _text_in_turn(job, text_spec, tokenizer, own_order({key: want.text[key] for key in keys}))
+        if keys := mine.get("latents"):
+            done, unread = _latents_in_turn(job, vae_spec, own_order({key: want.latents[key] for key in keys}))
             pictures, bad = pictures + done, bad + unread
         missing = job.store.missing(record, patient=False)
         if bad:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
-    if missing:
-        counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
+    if mine := job.shard.of(missing):
+        counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in mine.items())
         raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
-    return Encoded(record.key, captions, pictures, present)
-
-
-def _turned(wants: Mapping[str, Of]) -> dict[str, Of]:
-    """The same from a place of this process's own: two that fill one store then meet once, not at every entry."""
-    items = list(wants.items())
-    start = randbelow(len(items))
-    return dict(items[start:] + items[:start])
+    return Encoded(record.key, captions, pictures, present, sum(map(len, missing.values())))
 
 
 def needed(job: Job) -> Wanted:

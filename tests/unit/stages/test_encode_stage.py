@@ -158,17 +158,6 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     assert "encoded 1 captions and 1 images" in outcome.said
 
 
-def test_two_processes_begin_at_different_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    wants: dict[str, int] = {key: number for number, key in enumerate("abcd")}
-    starts = set()
-    for start in range(4):
-        monkeypatch.setattr(stage, "randbelow", lambda count, start=start: start % count)
-        turned = list(stage._turned(wants))
-        assert sorted(turned) == list("abcd")
-        starts.add(turned[0])
-    assert starts == set("abcd")
-
-
 def test_a_lost_entry_is_made_again(own: Project) -> None:
     store = cache.open(own.store, "a")
     (lost,) = list(store.keys("latents"))[:1]
