@@ -6,6 +6,7 @@ the end, or made again from lines written before (`--table FILE`). `--tiny` shri
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ def main() -> int:
     """Run what was asked for; 1 where a case failed."""
     arguments = _arguments()
     if arguments.child:
-        return _child(arguments.child, arguments.tiny, arguments.files)
+        return _child(arguments.child, arguments.tiny, arguments.files, arguments.limit)
     if arguments.list:
         print(table.listing(CASES.values()))
         return 0
@@ -70,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and leave")
     parser.add_argument("--table", nargs="+", help="print the table of these files and leave")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -95,12 +97,14 @@ def _run(case: Case, is_tiny: bool, folder: Path, left: float) -> dict[str, Any]
     command = [sys.executable, "-W", "ignore", __file__, "--child", case.name, "--files", str(folder)]
     command += ["--tiny"] if is_tiny else []
     started, limit = time.monotonic(), min(left, max(LEAST, SLACK * case.expected_seconds))
+    command += ["--limit", f"{limit:.0f}"]
     try:
         environment = {**ENVIRONMENT, **os.environ}
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
         line |= _said(done)
-    except subprocess.TimeoutExpired:
-        line |= {"error": f"not done after {limit:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        where = late.stderr.decode(errors="replace") if isinstance(late.stderr, bytes) else late.stderr or ""
+        line |= {"error": f"not done after {limit:.0f} s", "trace": where[-3000:]}
     line["process_seconds"] = round(time.monotonic() - started, 1)
     print("  " + table.brief(line), flush=True)
     return line
@@ -114,10 +118,12 @@ def _said(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return {"error": f"ended with status {done.returncode}: {done.stderr.strip()[-1500:]}"}
 
 
-def _child(name: str, is_tiny: bool, files: str) -> int:
+def _child(name: str, is_tiny: bool, files: str, limit: float) -> int:
     """Run one case here and print its figures as JSON, also where it fails."""
     case = tiny(CASES[name]) if is_tiny else CASES[name]
     settings = {**case.settings, "files": str(Path(files) / case.files) if case.files else None}
+    if limit > 2:  # where a case hangs, or is slow, is in the line of one that ran out of time
+        faulthandler.dump_traceback_later(limit - 2)
     try:
         found = import_module(f"bench.gpu.{case.kind}").run(settings)
     except Exception as error:  # whatever it is, it is one line of the table
