@@ -1,6 +1,7 @@
 """`relay export`: the adapter of a run, or any LoRA file, written for another program and compared with its source."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from flux2_relay.pipeline.run_folder import RunFolder, say
 if TYPE_CHECKING:
     from flux2_relay.stages.spec import TransformerSpec
     from flux2_relay.stages.train.adapter_file import AdapterFile
+    from flux2_relay.stages.train.export import Base
+    from flux2_relay.stages.weights import Tensors
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 """What `--dtype` takes -> the type's whole name."""
@@ -42,20 +45,23 @@ def export(source: Path, form_name: str, out: Path, choice: Choice, config: Conf
     """Write the adapter of `source`, a run folder or a file, to `out`; `config` names the model that a file is for."""
     from flux2_relay.stages.train import adapter_formats, adapter_proof
     from flux2_relay.stages.train.export import DTYPES as TYPES
-    from flux2_relay.stages.train.export import write
+    from flux2_relay.stages.train.export import suited, write
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: other programs look for a name that ends in .safetensors")
     adapter = _of_run(source, choice) if source.is_dir() else _of_file(source, choice, config)
     if adapter_proof.is_zero(adapter.factors) and not choice.allow_identity:
         raise InputError(
-            f"{source}: every B of this adapter is zero, so it changes nothing (an untrained adapter?); "
+            f"{source}: a factor of every module is zero, so it changes nothing (an untrained adapter?); "
             "--allow-identity writes it all the same"
         )
     form = adapter_formats.FORMATS[form_name]
+    adapter_formats.refuse(form, adapter.factors, adapter.spec)
+    config = run_folder.open_run(source)[1] if source.is_dir() else config
+    factors = suited(adapter.factors, form, _base(config, adapter.spec) if config else None)
     dtype = TYPES[DTYPES[choice.dtype]] if choice.dtype else adapter.dtype
-    difference = write(out, adapter.factors, adapter.spec, form, adapter.metadata, dtype)
-    ranks = ", ".join(map(str, sorted({part.a.shape[0] for part in adapter.factors.values()})))
+    difference = write(out, factors, adapter.spec, form, adapter.metadata, dtype)
+    ranks = ", ".join(map(str, sorted({part.rank for part in adapter.factors.values() if part.rank}))) or "none"
     kind = next(name for name, known in TYPES.items() if known == dtype)
     say(f"{out}: {len(adapter.factors)} modules, rank {ranks}, {kind}, {form.name} names: for {form.readers}")
     say(
@@ -72,6 +78,20 @@ def _of_file(path: Path, choice: Choice, config: Config | None) -> "AdapterFile"
     if choice.is_of_a_run:
         raise InputError(f"{path} is a file; --step, --best and --ema choose among the checkpoints of a run folder")
     return adapter_file.read_file(path, None if config is None else _spec(config))
+
+
+def _base(config: Config, spec: "TransformerSpec") -> "Base":
+    """The rows of the base model that the config names."""
+    import mlx.core as mx
+
+    from flux2_relay.stages import folders
+    from flux2_relay.stages.train import merge
+
+    @cache
+    def tensors() -> "Tensors":
+        return merge.open_dense(folders.find(config.model.path).transformer, spec)
+
+    return lambda path: (rows.astype(mx.float32) for rows in merge.stretches(tensors(), f"{path}.weight"))
 
 
 def _spec(config: Config) -> "TransformerSpec":

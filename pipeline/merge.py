@@ -49,14 +49,14 @@ def merge(config: Config, adapters: Sequence[tuple[Path, float]], out: Path, dty
     sizes = spec.read_transformer_spec(places.transformer)
     base = merging.open_dense(places.transformer, sizes)
     updates = mixing.read_all([mixing.locate(path) for path, _ in adapters], sizes)
-    mixed = mixing.mix(updates, [strength for _, strength in adapters])
+    changes = mixing.changes_of(updates, [strength for _, strength in adapters])
     shards, rest = merging.plan(sizes, DTYPES[dtype]), _rest(places, sizes, config.model.name)
     _refuse(out, shards.total + (0 if link else rest.bytes))
     aside = out.parent / f".new-{uuid4().hex}"
     try:
         _begin_transformer(aside / "transformer", places, sizes)
         with tqdm(total=shards.total, desc="merge", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-            merging.merge(base, mixed, shards, aside / "transformer", bar.update)
+            merging.merge(base, changes, shards, aside / "transformer", bar.update)
         _write_rest(aside, rest, link)
         durable.sync_folder(aside)
         aside.rename(out)
@@ -64,7 +64,7 @@ def merge(config: Config, adapters: Sequence[tuple[Path, float]], out: Path, dty
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    say(f"{out}: {len(mixed)} of {len(base.info)} matrices changed; transformer {in_words(shards.total)}, {dtype}")
+    say(f"{out}: {len(changes)} of {len(base.info)} matrices changed; transformer {in_words(shards.total)}, {dtype}")
     if rest.missing:
         say(
             f"not taken along, since {places.root} has no folder of that name: {', '.join(rest.missing)}; diffusers "

@@ -5,7 +5,8 @@
     diffusion_model.Y.lora_A.weight                         diffusion_model.X.lora_A.weight       ComfyUI, ai-toolkit
 
 X is a module's name in diffusers, Y its name in BFL's files (`stages/names.py`), where q, k and v are one matrix. The
-strength is alpha / rank: from a tensor `….alpha`, else from the metadata that diffusers writes, else 1.
+strength is alpha / rank: from a tensor `….alpha`, else from the metadata that diffusers writes, else 1. With
+`….dora_scale` or `….lora_magnitude_vector` it is DoRA, with `….lokr_w1` and `….lokr_w2` LoKr (`adapter_parts.py`).
 """
 
 import json
@@ -20,33 +21,30 @@ import mlx.core as mx
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import adapter_names, adapter_sizes
+from flux2_relay.stages.train import adapter_names, adapter_parts, adapter_sizes
 from flux2_relay.stages.train.adapter_names import Module
+from flux2_relay.stages.train.adapter_parts import Found
+from flux2_relay.stages.train.dora_update import OVER_BASE
+from flux2_relay.stages.train.updates import Update
 from flux2_relay.stages.weights import listing
 
 _KEY = re.compile(
     r"(.+?)(?:\.lora_([AB])(?:\.\w+)?\.weight"  # with peft's name of the adapter, or without
     r"|(?:\.lora_linear_layer|[._]lora)[._](down|up)\.weight"  # with two spellings of older diffusers
-    r"|\.(alpha))"
+    r"|\.(alpha|dora_scale)"
+    r"|\.(lora_magnitude_vector)(?:\.\w+)?"  # with a name and `.weight` of peft's, or without
+    r"|\.lokr_(w[12](?:_[ab])?))"
 )
-_ROLES = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """One module's low-rank update, scale * B A: A [r, in] and B [out, r] float32."""
-
-    a: mx.array
-    b: mx.array
-    scale: float
+_FACTORS = ("A", "B", "w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b")
+_ROLES = {"down": "A", "up": "B", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude"}
+"""What a tensor is -> its role in `Found`, where that is called otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterFile:
     """What a LoRA file holds."""
 
-    factors: dict[str, Factors]
+    factors: dict[str, Update]
     """Updates by diffusers' module paths."""
     spec: TransformerSpec
     """The transformer that it was read for."""
@@ -55,15 +53,7 @@ class AdapterFile:
     """The type that all factors stand in; float32 where they differ."""
 
 
-@dataclass(slots=True)
-class _Found:
-    """What the file has of one module: role -> (name in the file, value)."""
-
-    module: Module
-    tensors: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
-
-
-def read(path: Path | str, spec: TransformerSpec) -> dict[str, Factors]:
+def read(path: Path | str, spec: TransformerSpec) -> dict[str, Update]:
     """The updates in a LoRA file by diffusers' module paths, those outside the blocks included.
 
     InputError names every tensor that belongs to no module of this model, has no partner, or has a shape that does
@@ -91,13 +81,13 @@ def read_file(path: Path | str, spec: TransformerSpec | None = None, told_by: Pa
         raise InputError(listing(f"{path} is no LoRA for FLUX.2:", faults))
     found = _by_module(values, placed, adapter_names.known(spec), faults)
     for name, one in found.items():
-        faults += _faults(name, one)
+        faults += adapter_parts.faults(name, one)
     if not found and not faults:
         faults.append("it holds no tensor at all")
     if faults:
         raise InputError(listing(f"{path} is no LoRA for {model}:", faults))
     told = _Told.read(metadata, path)
-    factors = dict(pair for one in found.values() for pair in _factors(one, told))
+    factors = dict(pair for one in found.values() for pair in adapter_parts.updates(one, told))
     return AdapterFile(factors=factors, spec=spec, metadata=metadata, dtype=_dtype(found))
 
 
@@ -106,16 +96,25 @@ def _placed(values: Mapping[str, mx.array]) -> tuple[dict[str, tuple[str, str]],
     placed, faults = {}, []
     for key in values:
         if match := _KEY.fullmatch(key):
-            placed[key] = adapter_names.plain(match[1]), _ROLES[match[2] or match[3] or match[4]]
+            what = next(part for part in match.groups()[1:] if part)
+            placed[key] = adapter_names.plain(match[1]), _ROLES.get(what, what)
         else:
             faults.append(f"{key} is no factor of a LoRA (expected lora_A, lora_B, lora_down, lora_up or alpha)")
     return placed, faults
 
 
 def _sides(placed: Mapping[str, tuple[str, str]], values: Mapping[str, mx.array]) -> Iterator[adapter_sizes.Side]:
+    for name, one in _grouped(placed, values).items():
+        for role, size in one.sides():
+            yield name, role, size
+
+
+def _grouped(placed: Mapping[str, tuple[str, str]], values: Mapping[str, mx.array]) -> dict[str, Found]:
+    """By plain names of modules, of which nothing else is known yet."""
+    grouped: dict[str, Found] = {}
     for key, (name, role) in placed.items():
-        if role in ("A", "B") and values[key].ndim == 2:
-            yield name, role, values[key].shape[role == "A"]
+        grouped.setdefault(name, Found(Module((), (0, 0)))).tensors[role] = key, values[key]
+    return grouped
 
 
 def _by_module(
@@ -123,14 +122,14 @@ def _by_module(
     placed: Mapping[str, tuple[str, str]],
     known: adapter_names.Modules,
     faults: list[str],
-) -> dict[str, _Found]:
+) -> dict[str, Found]:
     """The tensors by module and role; what this model has no place for goes to `faults`."""
-    found: dict[str, _Found] = {}
+    found: dict[str, Found] = {}
     for key, (name, role) in placed.items():
         if name not in known:
             faults.append(f"{key}: this model has no linear of that name")
             continue
-        one = found.setdefault(name, _Found(known[name]))
+        one = found.setdefault(name, Found(known[name]))
         if role in one.tensors:
             faults.append(f"{key} stands there a second time, as {one.tensors[role][0]}")
         one.tensors[role] = key, values[key]
@@ -138,7 +137,7 @@ def _by_module(
     return found
 
 
-def _doubled(found: Mapping[str, _Found]) -> Iterator[str]:
+def _doubled(found: Mapping[str, Found]) -> Iterator[str]:
     """A fault for each module that two namings of one file have: which of them would count?"""
     first: dict[str, str] = {}
     for name, one in found.items():
@@ -148,57 +147,10 @@ def _doubled(found: Mapping[str, _Found]) -> Iterator[str]:
             first.setdefault(part, name)
 
 
-def _dtype(found: Mapping[str, _Found]) -> mx.Dtype:
-    types = {one.tensors[role][1].dtype for one in found.values() for role in ("A", "B")}
+def _dtype(found: Mapping[str, Found]) -> mx.Dtype:
+    factors = (tensor for one in found.values() for role, tensor in one.tensors.items() if role in _FACTORS)
+    types = {value.dtype for _, value in factors}
     return types.pop() if len(types) == 1 else mx.float32
-
-
-def _faults(name: str, found: _Found) -> list[str]:
-    """What is wrong with the tensors of one module."""
-    missing = [role for role in ("A", "B") if role not in found.tensors]
-    if missing:
-        names_there = ", ".join(key for key, _ in found.tensors.values())
-        return [f"{names_there}: {' and '.join(f'factor {role}' for role in missing)} of {name} is missing"]
-    faults = [
-        f"{key} has type {v.dtype}; expected floats" for key, v in found.tensors.values() if v.dtype not in _FLOATS
-    ]
-    (a_key, a), (b_key, b) = found.tensors["A"], found.tensors["B"]
-    rows, columns = found.module.shape
-    rank = a.shape[0] if a.ndim == 2 else 0
-    if a.ndim != 2 or a.shape[1] != columns or not rank:
-        faults.append(f"{a_key}: expected rank x {columns}, found {_shape(a)}")
-    if b.ndim != 2 or b.shape[0] != rows or (rank and b.shape[1] != rank):
-        faults.append(f"{b_key}: expected {rows} x {rank or 'rank'}, found {_shape(b)}")
-    if "alpha" in found.tensors and found.tensors["alpha"][1].size != 1:
-        key, alpha = found.tensors["alpha"]
-        faults.append(f"{key}: expected one number, found {_shape(alpha)}")
-    return faults
-
-
-def _shape(value: mx.array) -> str:
-    return " x ".join(map(str, value.shape)) or "a single number"
-
-
-def _factors(found: _Found, told: "_Told") -> Iterator[tuple[str, Factors]]:
-    """The updates of the linears that a module stands for."""
-    a, b = (found.tensors[role][1].astype(mx.float32) for role in ("A", "B"))
-    rank, module = a.shape[0], found.module
-    alpha = float(found.tensors["alpha"][1].reshape(())) if "alpha" in found.tensors else None
-    scale = told.scale(module.parts[0], rank) if alpha is None else alpha / rank
-    if module.swapped:
-        first, second = mx.split(b, 2, axis=0)
-        b = mx.concatenate([second, first], axis=0)
-    if len(module.parts) == 1:
-        yield module.parts[0], Factors(a, b, scale)
-        return
-    parts = mx.split(b, len(module.parts), axis=0)
-    columns = [[n for n, used in enumerate(mx.any(part != 0, axis=0).tolist()) if used] for part in parts]  # type: ignore[arg-type]
-    if not any(columns) and rank % len(parts) == 0:  # untrained: the rows of A belong to the parts in their order
-        third = rank // len(parts)
-        columns = [list(range(place * third, (place + 1) * third)) for place in range(len(parts))]
-    for path, part, used in zip(module.parts, parts, columns, strict=True):
-        if used:  # in a block-diagonal B each part uses columns of its own; the others' rows of A mean nothing to it
-            yield path, Factors(a[mx.array(used)], part[:, mx.array(used)], scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +160,23 @@ class _Told:
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
     rooted: bool = False  # rank-stabilised: alpha / sqrt(rank)
+    over_base: bool = False
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], path: Path) -> "_Told":
         """From a file's metadata; nothing where there is none."""
+        over_base = OVER_BASE.items() <= metadata.items()
         if "lora_adapter_metadata" not in metadata:
-            return cls()
+            return cls(over_base=over_base)
         try:
             fields = json.loads(metadata["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in fields.items()}
-            alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+            alpha, patterns = config.get("lora_alpha", config.get("alpha")), config.get("alpha_pattern") or {}
             return cls(
                 None if alpha is None else float(alpha),
                 {str(pattern): float(value) for pattern, value in patterns.items()},
                 bool(config.get("use_rslora")),
+                over_base,
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its metadata 'lora_adapter_metadata' cannot be read ({error})") from None

@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flux2_relay.stages.quantize import Weight, dense
 from flux2_relay.stages.train.cuts import cut, flat, joined, product
 from flux2_relay.stages.train.kinds import Kept, Lora, Named
 
 MAGNITUDE = "lora_magnitude_vector"
 """peft's name of m."""
 _LEAST = 1e-24  # a row of nothing but zeros has no direction
-_STRETCH_BYTES = 1 << 24  # of float32 at a time
 
 
 class Dora(NamedTuple):
@@ -93,13 +91,3 @@ class Dora(NamedTuple):
 def _times(x: mx.array, factor: mx.array) -> mx.array:
     """x times a float32 factor, in float32: near 1 there are 256 numbers of bfloat16 to a factor of 2."""
     return (x.astype(mx.float32) * factor).astype(x.dtype)
-
-
-def row_squares(weight: Weight, columns: int) -> mx.array:
-    """|W|^2 of each row [out] float32, as the weight is used; a stretch of rows at a time."""
-    whole = dense(weight, columns, mx.float32) if isinstance(weight, tuple) else weight
-    step, found = max(1, _STRETCH_BYTES // (4 * columns)), []
-    for first in range(0, whole.shape[0], step):
-        found.append(mx.sum(mx.square(whole[first : first + step].astype(mx.float32)), axis=-1))
-        mx.eval(found[-1])
-    return joined(found, axis=0)

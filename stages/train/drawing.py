@@ -80,7 +80,7 @@ def _draw(job: DrawingJob, todo: Sequence[Order], places: ModelFolders, spec: Tr
     with in_plain_words(lambda: "Pictures drawn before are kept; the same command draws the others."):
         transformer = _load(job, places, spec)
         try:
-            _draw_each(transformer, todo, updates, contexts)
+            _draw_each(transformer, todo, [mixing.measured(of, transformer) for of in updates], contexts)
         finally:
             transformer.residence.close()
 

@@ -14,12 +14,12 @@ import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import dropout, lokr, randomness
-from flux2_relay.stages.train.dora import Dora, row_squares
+from flux2_relay.stages.train import dropout, lokr, randomness, visits
+from flux2_relay.stages.train.dora import Dora
 from flux2_relay.stages.train.kinds import Adapter, Lora
 from flux2_relay.stages.train.lokr import Lokr
 from flux2_relay.stages.train.options import LoraOptions
-from flux2_relay.stages.train.transformer import Transformer, block_linears, block_path
+from flux2_relay.stages.train.transformer import Transformer, block_linears
 from flux2_relay.stages.weights import listing
 
 __all__ = ["LoraOptions", "attach", "load", "metadata", "parameters", "rank_of", "targets", "with_dropout"]
@@ -156,18 +156,18 @@ def attach(transformer: Transformer, options: LoraOptions, seed: int) -> None:
 
 def measure(transformer: Transformer) -> None:
     """Set the lengths of the base's rows in every DoRA, and its magnitudes to them."""
-    model, adapters = transformer, dict(transformer.adapters)
-    paths = {place: block_path(model.spec, place) + "." for place in range(model.spec.blocks)}
-    places = [place for place, start in paths.items() if any(path.startswith(start) for path in adapters)]
-    model.residence.announce(places)
-    for place in places:
-        weights = model.residence.weights(place)
-        for path, adapter in adapters.items():
-            if path.startswith(paths[place]) and isinstance(adapter, Dora):
-                squares = row_squares(weights[path.removeprefix(paths[place])], adapter.a.shape[1])
-                adapters[path] = adapter._replace(magnitude=mx.sqrt(squares), squares=squares)
-    mx.eval(adapters)
-    model.adapters = adapters
+    adapters = dict(transformer.adapters)
+    for path, weight in visits.linears(transformer, adapters):
+        adapter = adapters[path]
+        assert isinstance(adapter, Dora)
+        squares = []
+        for rows in visits.stretches(weight, adapter.a.shape[1]):
+            squares.append(mx.sum(mx.square(rows), axis=-1))
+            mx.eval(squares[-1])  # the rows of one stretch at a time
+        of_rows = mx.concatenate(squares)
+        adapters[path] = adapter._replace(magnitude=mx.sqrt(of_rows), squares=of_rows)
+        mx.eval(adapters[path])
+    transformer.adapters = adapters
 
 
 def parameters(transformer: Transformer) -> dict[str, mx.array]:

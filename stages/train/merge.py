@@ -1,4 +1,4 @@
-"""Base and adapters as one transformer: W + the sum of strength * scale * B A, in float32, rounded once.
+"""Base and adapters as one transformer: W + the sum of what each update changes, in float32, rounded once.
 
 A stretch of rows at a time, from the checkpoint's files to the new ones: neither the model nor, unless it is made of
 8-bit floats, one of its matrices is ever whole in memory.
@@ -15,7 +15,7 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import names
 from flux2_relay.stages.shards import SHARD_BYTES, Shards
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train.kinds import Adapter
+from flux2_relay.stages.train.mixing import Changes
 from flux2_relay.stages.train.transformer import tensor_shapes
 from flux2_relay.stages.weights import TensorInfo, Tensors
 
@@ -43,16 +43,15 @@ def open_dense(place: Path, spec: TransformerSpec) -> Tensors:
 
 
 def merge(
-    base: Tensors, adapters: Mapping[str, Adapter], shards: Shards, folder: Path, progress: Callable[[int], object]
+    base: Tensors, changes: Mapping[str, Changes], shards: Shards, folder: Path, progress: Callable[[int], object]
 ) -> None:
-    """Write the transformer `base` (of `open_dense`) with `adapters` into `folder`, and check what stands there.
+    """Write the transformer `base` (of `open_dense`), changed, into `folder`, and check what stands there.
 
-    `adapters` are by module path: A, B and what multiplies B A. `progress` is told bytes written.
+    `changes` are by module path (`mixing.changes_of`). `progress` is told bytes written.
     """
 
     def bytes_of(name: str) -> Iterator[bytes]:
-        adapter = adapters.get(name.removesuffix(".weight"))
-        for rows in _merged(_stretches(base, name), adapter):
+        for rows in _merged(stretches(base, name), changes.get(name.removesuffix(".weight"), ())):
             piece = _bytes(rows, shards.dtype)
             progress(len(piece))
             yield piece
@@ -61,14 +60,13 @@ def merge(
     names.open_transformer(folder).check(shards.shapes)
 
 
-def _merged(stretches: Iterator[mx.array], adapter: Adapter | None) -> Iterator[mx.array]:
-    """Rows of W + scale B A, float32."""
+def _merged(stretches: Iterator[mx.array], changes: Changes) -> Iterator[mx.array]:
+    """Rows of W and its changes, float32."""
     first = 0
     for rows in stretches:
-        value = rows.astype(mx.float32)
-        if adapter is not None:
-            a, b, scale = adapter[:3]
-            value = value + (scale * b[first : first + rows.shape[0]]) @ a
+        value = own = rows.astype(mx.float32)
+        for update, strength in changes:
+            value = value + strength * update.change(own, first)
         first += rows.shape[0]
         yield value
 
@@ -78,8 +76,8 @@ def _bytes(rows: mx.array, dtype: str) -> bytes:
     return np.array(rows.astype(kind).view(mx.uint32 if bits is np.uint32 else mx.uint16)).tobytes()
 
 
-def _stretches(base: Tensors, name: str) -> Iterator[mx.array]:
-    """The rows of a tensor in order; a vector's elements count as rows."""
+def stretches(base: Tensors, name: str) -> Iterator[mx.array]:
+    """The rows of a tensor in order, as they are stored; a vector's elements count as rows."""
     info = base.info[name]
     columns = int(np.prod(info.shape[1:], dtype=np.int64))
     most = max(1, STRETCH_BYTES // (4 * columns))

@@ -16,7 +16,7 @@ from flux2_relay.stages import blas
 from flux2_relay.stages.measure import peak_bytes
 from flux2_relay.stages.train import checkpoint, ema, init, lora, optimizer, warnings
 from flux2_relay.stages.train.batches import Loaded
-from flux2_relay.stages.train.export import DTYPES, write_diffusers
+from flux2_relay.stages.train.export import DTYPES, write_finished
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.resume import digest_of_data
@@ -259,4 +259,4 @@ class Run:
 
     def _export(self, transformer: Transformer, name: str) -> None:
         metadata = {**self.job.metadata, "flux2_relay.steps": str(self.done)}
-        write_diffusers(transformer, self.job.folder / name, metadata, DTYPES[self.job.save.dtype])
+        write_finished(transformer, self.job.folder / name, metadata, DTYPES[self.job.save.dtype])

@@ -30,7 +30,7 @@ def test_diffusers_loads_what_was_trained(reference: Reference, name: str, tmp_p
     model, options = ours.load(reference.folder), ADAPTERS[name]
     shapes = {name: value.shape for name, value in ours.attach(model, options).items()}
     values = ours.attach(model, options, cases.adapter(shapes, seed=3))
-    export.write_diffusers(model, path, {"note": "made by a test"})
+    export.write_finished(model, path, {"note": "made by a test"})
 
     given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
     base = reference_training.velocity(reference.transformer, given)
@@ -45,7 +45,7 @@ def test_diffusers_loads_what_was_trained(reference: Reference, name: str, tmp_p
 def test_an_adapter_of_step_0_changes_nothing(reference: Reference, tmp_path: Path) -> None:
     path, model = tmp_path / "adapter.safetensors", ours.load(reference.folder)
     ours.attach(model, ADAPTERS["every linear"])
-    export.write_diffusers(model, path, {})
+    export.write_finished(model, path, {})
     given = cases.draw(reference.transformer.config.joint_attention_dim, seed=4)
     expected = reference_training.velocity(reference.transformer, given)
     loaded = adapters.through_the_pipeline(reference, path)

@@ -10,9 +10,9 @@ from oracle.reference import Reference
 from tiny import namings
 from tiny.namings import NAMINGS, OUTER, Naming, Outer
 
-from flux2_relay.stages.train.adapter_file import Factors
 from flux2_relay.stages.train.adapter_formats import FORMATS
 from flux2_relay.stages.train.export import write
+from flux2_relay.stages.train.updates import Factors
 
 LIMIT = 2e-5  # of the change of the output
 

@@ -12,9 +12,9 @@ from oracle.reference import Reference
 from tiny import layouts, model, namings
 from tiny.project import relay
 
-from flux2_relay.stages.train.adapter_file import Factors
 from flux2_relay.stages.train.adapter_formats import FORMATS
 from flux2_relay.stages.train.export import write
+from flux2_relay.stages.train.updates import Factors
 
 LIMIT = 2e-5  # of the change of the output
 SCALE = 1.5

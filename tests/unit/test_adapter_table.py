@@ -14,8 +14,8 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import adapter_file, export
-from flux2_relay.stages.train.adapter_file import Factors
 from flux2_relay.stages.train.adapter_formats import FORMATS, Format
+from flux2_relay.stages.train.updates import Factors
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 AGAIN = "WRITE_DOCS=1 .venv/bin/python -m pytest tests/unit/test_adapter_table.py"

@@ -196,7 +196,7 @@ def test_an_adapter_that_does_not_fit_is_no_finished_run(encoded: Callable, monk
     project = encoded(**QUIET)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "write_diffusers", no_room)
+        patch.setattr(running, "write_finished", no_room)
         outcome = project.relay("train")
     assert outcome.status == 1
     assert "the adapter could not be written" in outcome.said

@@ -149,7 +149,7 @@ def test_our_own_files_are_read_at_their_strength(tmp_path: Path, dev: Path) -> 
     lora.attach(model, LoraOptions(rank=2, alpha=5.0, ranks={"to_k": 3}), seed=0)
     values = {name: namings.random(value.shape, name) for name, value in lora.parameters(model).items()}
     lora.load(model, values)
-    export.write_diffusers(model, tmp_path / "exported.safetensors", {"flux2_relay.alpha": "5.0"})
+    export.write_finished(model, tmp_path / "exported.safetensors", {"flux2_relay.alpha": "5.0"})
     metadata = lora.metadata(model, LoraOptions(rank=2, alpha=5.0, ranks={"to_k": 3}))
     write(tmp_path / "checkpoint.safetensors", lora.parameters(model), metadata)
     expected = {path: np.array(scale * (b @ a)) for path, (a, b, scale, _) in model.adapters.items()}
@@ -182,7 +182,32 @@ def with_an_unknown_module(values: Values) -> None:
 
 
 def with_another_kind(values: Values) -> None:
+    values[f"{Q}.hada_w1_a"] = mx.zeros((2, 8))
+
+
+def with_two_kinds(values: Values) -> None:
     values[f"{Q}.lokr_w1"] = mx.zeros((2, 8))
+    values[f"{Q}.lokr_w2"] = mx.zeros((4, 1))
+
+
+def with_half_a_kronecker_product(values: Values) -> None:
+    values.clear()
+    values.update({f"{Q}.lokr_w1": mx.zeros((2, 2)), f"{Q}.lokr_w2_a": mx.zeros((4, 1))})
+
+
+def with_another_product(values: Values) -> None:
+    values.clear()
+    values.update({f"{Q}.lokr_w1": mx.zeros((2, 2)), f"{Q}.lokr_w2": mx.zeros((4, 5))})
+
+
+def with_a_product_that_cannot_be_cut(values: Values) -> None:
+    values.clear()
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    values.update({f"{key}.lokr_w1": mx.zeros((4, 2)), f"{key}.lokr_w2": mx.zeros((6, 4))})
+
+
+def with_lengths_of_columns(values: Values) -> None:
+    values[f"{Q}.dora_scale"] = mx.zeros((1, 8))
 
 
 def with_integers(values: Values) -> None:
@@ -209,7 +234,12 @@ FAULTS = {
     with_wrong_columns: f"{Q}.lora_A.weight: expected rank x 8, found 2 x 9",
     with_another_rank: f"{Q}.lora_B.weight: expected 8 x 2, found 8 x 3",
     with_an_unknown_module: "transformer_blocks.7.attn.to_q.lora_A.weight: this model has no linear of that name",
-    with_another_kind: f"{Q}.lokr_w1 is no factor of a LoRA",
+    with_another_kind: f"{Q}.hada_w1_a is no factor of a LoRA",
+    with_two_kinds: f"{Q}.lora_A.weight, {Q}.lora_B.weight: cannot stand beside factors of LoKr",
+    with_half_a_kronecker_product: "lokr_w2 of transformer_blocks_0_attn_to_q, whole or as lokr_w2_a and lokr_w2_b, is",
+    with_another_product: "expected 8 x 8 of their product, found 8 x 10",
+    with_a_product_that_cannot_be_cut: "cannot be cut into the 3 parts of double_blocks_0_img_attn_qkv",
+    with_lengths_of_columns: f"{Q}.dora_scale: expected a length for each of 8 rows, found 1 x 8",
     with_integers: f"{Q}.lora_A.weight has type",
     with_two_namings: "transformer_blocks.0.attn.to_q.lora_A.weight",
     with_a_list_of_alphas: f"{Q}.alpha: expected one number, found 2",

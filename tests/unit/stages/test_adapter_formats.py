@@ -15,8 +15,8 @@ from flux2_relay.stages.catalogue import CATALOGUE
 from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import adapter_file, adapter_formats, adapter_proof, export
-from flux2_relay.stages.train.adapter_file import Factors
 from flux2_relay.stages.train.adapter_formats import FORMATS
+from flux2_relay.stages.train.updates import Factors
 
 SPEC = TransformerSpec(
     double_blocks=2, single_blocks=2, heads=2, head_dim=4, context_width=12, guidance=True, rope_axes=(1, 1, 1, 1)

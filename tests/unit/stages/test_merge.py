@@ -13,15 +13,16 @@ from flux2_relay.stages import names
 from flux2_relay.stages.shards import Shards
 from flux2_relay.stages.spec import TransformerSpec, read_transformer_spec
 from flux2_relay.stages.train import merge
-from flux2_relay.stages.train.blocks import Adapter
+from flux2_relay.stages.train.mixing import Changes
 from flux2_relay.stages.train.transformer import tensor_shapes
+from flux2_relay.stages.train.updates import Factors
 from flux2_relay.stages.weights import open_tensors
 
 
-def adapters(spec: TransformerSpec) -> dict[str, Adapter]:
+def changes(spec: TransformerSpec) -> dict[str, Changes]:
     """Of every other linear, outer ones included."""
     of = list(namings.pairs(spec, rank=3).items())[::2]
-    return {path: (a, 0.1 * b, mx.array(0.7)) for path, (a, b) in of}
+    return {path: [(Factors(a, 0.1 * b, 0.35), 2.0)] for path, (a, b) in of}
 
 
 def merged(place: Path, folder: Path, dtype: str = "F32", most_bytes: int = 10**9) -> layouts.Values:
@@ -30,7 +31,7 @@ def merged(place: Path, folder: Path, dtype: str = "F32", most_bytes: int = 10**
     folder.mkdir()
     shards = merge.plan(spec, dtype, most_bytes)  # type: ignore[arg-type]
     told: list[int] = []
-    merge.merge(merge.open_dense(place, spec), adapters(spec), shards, folder, told.append)
+    merge.merge(merge.open_dense(place, spec), changes(spec), shards, folder, told.append)
     assert sum(told) == shards.total == sum(info.end - info.start for info in open_tensors(folder).info.values())
     tensors = open_tensors(folder)
     return tensors.read_all(tensors.info)
@@ -39,8 +40,9 @@ def merged(place: Path, folder: Path, dtype: str = "F32", most_bytes: int = 10**
 def by_hand(base: layouts.Values, spec: TransformerSpec) -> dict[str, np.ndarray]:
     """In float64."""
     values = {name: np.array(value.astype(mx.float32), np.float64) for name, value in base.items()}
-    for path, (a, b, scale) in adapters(spec).items():
-        values[f"{path}.weight"] += np.array(scale, np.float64) * np.array(b, np.float64) @ np.array(a, np.float64)
+    for path, ((update, strength),) in changes(spec).items():
+        a, b = (np.array(x, np.float64) for x in update.arrays())
+        values[f"{path}.weight"] += strength * 0.35 * b @ a
     return values
 
 
@@ -95,7 +97,7 @@ def test_what_has_no_adapter_keeps_its_bits(dev: Path, tmp_path: Path) -> None:
     layouts.save(tmp_path / "base" / "x.safetensors", base)
     found = merged(tmp_path / "base", tmp_path / "out", "BF16")
     same = {name for name in base if mx.array_equal(found[name], base[name])}
-    assert same == base.keys() - {f"{path}.weight" for path in adapters(spec)}
+    assert same == base.keys() - {f"{path}.weight" for path in changes(spec)}
 
 
 def test_shards_are_as_large_as_they_may_be_and_have_an_index(dev: Path, tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_the_memory_is_that_of_stretches(tmp_path: Path, monkeypatch: pytest.Mon
     layouts.save(tmp_path / "base.safetensors", model.random(tensor_shapes(spec), 0))
     largest = max(4 * int(np.prod(shape)) for shape in tensor_shapes(spec).values())
     monkeypatch.setattr(merge, "STRETCH_BYTES", largest // 16)
-    given = adapters(spec)
-    mx.eval(given)
+    given = changes(spec)
+    mx.eval([update.arrays() for ((update, _),) in given.values()])
     shards, base = merge.plan(spec, "BF16"), names.open_transformer(tmp_path / "base.safetensors")
     mx.clear_cache()
     before = mx.get_active_memory()
