@@ -13,6 +13,8 @@ objective.py    noise, sigma, loss
 backprop.py     gradients block by block
 step.py         the gradients of a whole step
 turns.py        several passes taken block by block together
+shared_base.py  the base under several trainings at once
+many.py         the stage for several runs together
 optimizer.py    the update
 prodigy.py      one that finds its step size
 ema.py          a running mean of the adapter

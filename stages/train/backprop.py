@@ -49,7 +49,8 @@ def in_turns(
     guidance: mx.array | None,
     options: TrainOptions | None = None,
 ) -> Way[tuple[mx.array, Gradients]]:
-    """`loss_and_gradients` as a way through the blocks, forward numbered 0 … blocks - 1, back blocks … 2 blocks - 1."""
+    """`loss_and_gradients` as a way through the blocks: 0 before them, 1 … blocks forward, the next numbers back."""
+    yield 0
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
     weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
     weight = weight if batch.item_weight is None else weight * batch.item_weight
@@ -85,7 +86,7 @@ class _Pass:
         model.residence.announce([*range(spec.blocks), *reversed(range(self.first, spec.blocks))])
         streams = [text, image]
         for place in range(spec.double_blocks):
-            yield place
+            yield 1 + place
             block = model.block(place)
             following, kept = blocks.double_forward(self.pieces, block, streams, self.modulation.double, self.rotary)
             self.doubles.append((streams, kept if place >= first_kept else None))
@@ -93,7 +94,7 @@ class _Pass:
             del kept, block  # not to be held beside the next block's
         hidden = mx.concatenate(streams, axis=1)
         for place in range(spec.double_blocks, spec.blocks):
-            yield place
+            yield 1 + place
             block = model.block(place)
             following, wide = blocks.single_forward(self.pieces, block, hidden, self.modulation.single, self.rotary)
             self.singles.append((hidden, wide if place >= first_kept else None))
@@ -106,7 +107,7 @@ class _Pass:
         model, spec, gradients = self.transformer, self.transformer.spec, {}
         backward = Backward(self.pieces, self.rotary, model.attention_heads)
         for place in reversed(range(max(self.first, spec.double_blocks), spec.blocks)):
-            yield 2 * spec.blocks - 1 - place
+            yield 2 * spec.blocks - place
             hidden, wide = self.singles.pop()
             found, pulled = backward.single(
                 model.block(place), hidden, wide, self.modulation.single, cotangent, place > self.first
@@ -115,7 +116,7 @@ class _Pass:
             cotangent = cotangent if pulled is None else pulled
         cotangents = blocks.split(cotangent, [text_rows], axis=1)
         for place in reversed(range(self.first, spec.double_blocks)):
-            yield 2 * spec.blocks - 1 - place
+            yield 2 * spec.blocks - place
             streams, kept = self.doubles.pop()
             found, pulled = backward.double(
                 model.block(place), streams, kept, self.modulation.double, cotangents, place > self.first

@@ -9,7 +9,7 @@ Letters: B batch, L image tokens, R reference tokens, T text rows, C context cha
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -145,6 +145,10 @@ class Loaded:
     """The draws of the step's passes at all ranks."""
 
 
+Steps = Generator[Loaded, None, None]
+"""Loaded steps in order; to be closed where not all are taken."""
+
+
 class Order(Protocol):
     """Says which items make up which step."""
 
@@ -161,9 +165,7 @@ class Order(Protocol):
 _ALL = slice(None)
 
 
-def load_ahead(
-    batches: Order, store: Store, contexts: Contexts, first: int, last: int, share: slice = _ALL
-) -> Iterator[Loaded]:
+def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, last: int, share: slice = _ALL) -> Steps:
     """The steps `first` … `last` - 1 in order, of each the passes in `share`; entries are read two steps ahead.
 
     Threads read them and carry them into MLX's memory, so that a step finds its arrays ready and has only to name what

@@ -8,6 +8,7 @@ Letters: R rows of a step's pass (batch times text and image tokens), D hidden, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from typing import Literal
 
 from flux2_relay.cache.errors import InputError
@@ -36,6 +37,8 @@ _MASK_BYTES = 5
 """An element of an adapter's input under dropout: random bits and the mask made of them."""
 _FEWER_PIECES = {True: {3: (0, 0.0), 2: (1, 1.0), 1: (2, 1.6)}, False: {1: (0, 0.0), 0: (11, 1.0)}}
 """On a GPU and not: pieces under way, the most first -> arrays and dense copies that this saves."""
+_UNPACKING = 2.5
+"""What making a packed matrix dense takes beside the result, in matrices, where it is not one kernel: on a CPU."""
 _OPTIMIZER_COPIES = 3
 """Adapter-sized arrays that an update makes beside those that stay."""
 
@@ -108,26 +111,47 @@ def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[
     return {"transformer": asdict(spec), **decided, **asked}
 
 
-def choose(spec: TransformerSpec, load: Load, options: MemoryOptions, budget_bytes: int) -> Layout:
-    """The fastest layout whose predicted peak stays under the budget.
+def choose(spec: TransformerSpec, loads: Load | Sequence[Load], options: MemoryOptions, budget_bytes: int) -> Layout:
+    """The fastest layout whose predicted peak stays under the budget, for one training or for several together.
 
     In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit, 4 bit likewise, each
     with fewer pieces in flight where that is what it takes; then what is left goes to kept projections. Explicit
     settings are obeyed. InputError says the smallest budget that works.
     """
+    loads = [loads] if isinstance(loads, Load) else loads
     tried = [
-        predict(spec, load, bits, resident, pieces=pieces)
-        for bits, resident in _tries(spec, load, options)
+        predict_together(spec, loads, bits, resident, pieces)
+        for bits, resident in _tries(spec, loads[0], options)
         for pieces in _FEWER_PIECES[memory.is_gpu()]
     ]
-    fitting = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
-    if fitting is None:
+    found = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
+    if found is None:
         least = min(tried, key=lambda layout: layout.peak_bytes)
+        what = _of_what(spec, loads, options, budget_bytes)
         raise InputError(
-            f"memory.budget: {in_words(budget_bytes)} is too little for this model; the least that works with these "
+            f"memory.budget: {in_words(budget_bytes)} is too little for {what}; the least that works with these "
             f"settings is {in_words(least.peak_bytes)} ({least.in_words()})"
         )
-    return _with_kept(spec, load, fitting, budget_bytes)
+    return _with_kept(spec, loads, found, budget_bytes)
+
+
+def fitting(spec: TransformerSpec, loads: Sequence[Load], options: MemoryOptions, budget_bytes: int) -> int:
+    """How many of these trainings, the first ones, fit together at all."""
+    tries = list(_tries(spec, loads[0], options))
+    fewest = list(_FEWER_PIECES[memory.is_gpu()])[-1]
+
+    def fits(count: int) -> bool:
+        found = (predict_together(spec, loads[:count], bits, resident, fewest) for bits, resident in tries)
+        return any(layout.peak_bytes <= budget_bytes for layout in found)
+
+    return next((count for count in range(len(loads), 0, -1) if fits(count)), 0)
+
+
+def _of_what(spec: TransformerSpec, loads: Sequence[Load], options: MemoryOptions, budget_bytes: int) -> str:
+    if len(loads) == 1:
+        return "this model"
+    fit = fitting(spec, loads, options, budget_bytes)
+    return f"these {len(loads)} runs together, of which {fit or 'not even one'} would fit"
 
 
 def layout_for(
@@ -142,8 +166,16 @@ def layout_for(
 
     `stored` is what the checkpoint has packed already.
     """
+    load = load_for(items, text_rows, adapter, options, stored)
+    return choose(spec, load, options.memory, memory.budget_bytes(options.memory.budget))
+
+
+def load_for(
+    items: Sequence[Item], text_rows: int, adapter: int, options: LayoutOptions, stored: Stock | None = None
+) -> Load:
+    """What a pass over such a data set has to carry; arguments as of `layout_for`."""
     rows = text_rows + max(sum(height * width for height, width in item.bucket) for item in items)
-    load = Load(
+    return Load(
         batch=options.train.batch,
         rows=rows,
         adapter_bytes=4 * adapter,
@@ -153,7 +185,6 @@ def layout_for(
         stored=stored or {},
         dropout=options.dropout > 0,
     )
-    return choose(spec, load, options.memory, memory.budget_bytes(options.memory.budget))
 
 
 def predict(
@@ -165,8 +196,7 @@ def predict(
     pieces: int | None = None,
 ) -> Layout:
     """The layout of these decisions with its predicted peak."""
-    unit = load.batch * load.rows * spec.hidden * load.item_bytes
-    heads = 0 if load.fused_attention else max(1, min(spec.heads, 4 * spec.hidden // load.rows))
+    unit, heads = stream_bytes(spec, load), heads_at_a_time(spec, load)
     sizes = [block_bytes(spec, place, bits, load.stored) for place in range(spec.blocks)]
     weights = base.held_bytes(outer_shapes(spec), bits, load.stored)
     weights += sum(sizes[place] for place in resident_places(spec.blocks, resident))
@@ -191,11 +221,58 @@ def predict(
         blocks=spec.blocks,
         ahead=_AHEAD,
         keep=keep,
-        heads=0 if heads == spec.heads else heads,
+        heads=heads,
         parts=parts,
         stored=base.summary(load.stored, bits),
         pieces=pieces,
     )
+
+
+def predict_together(
+    spec: TransformerSpec, loads: Sequence[Load], bits: int, resident: int, pieces: int | None = None
+) -> Layout:
+    """The layout of these decisions for several trainings that share each block's weights (`shared_base.py`)."""
+    each = [predict(spec, load, bits, resident, pieces=pieces) for load in loads]
+    if len(each) == 1:
+        return each[0]
+    parts = dict(each[0].parts)  # weights, and blocks on their way, are there once
+    for name in ("adapter, gradients, moments", "block inputs", "kept projections"):
+        parts[name] = sum(one.parts[name] for one in each)
+    streams, works = [stream_bytes(spec, load) for load in loads], [one.parts["one block's work"] for one in each]
+    busiest = works.index(max(works))
+    parts["one block's work"] = works[busiest] + sum(streams) - streams[busiest]  # the others wait with their streams
+    parts["dense copies"] = _dense_block_bytes(spec, loads[0], bits) if _is_made_dense(loads[0], bits) else 0
+    heads = min((one.heads for one in each if one.heads), default=0)
+    return replace(each[0], rows=max(one.rows for one in each), heads=heads, parts=parts)
+
+
+def own_bytes(spec: TransformerSpec, load: Load) -> int:
+    """What a training takes for itself beside others over one base: adapters and what belongs to them, block inputs."""
+    return load.adapter_copies * load.adapter_bytes + (spec.blocks + 1) * stream_bytes(spec, load)
+
+
+def stream_bytes(spec: TransformerSpec, load: Load) -> int:
+    """The rows of a pass, as wide as the blocks."""
+    return load.batch * load.rows * spec.hidden * load.item_bytes
+
+
+def heads_at_a_time(spec: TransformerSpec, load: Load) -> int:
+    """Heads that attention's backward pass takes at once, 0 for all of them."""
+    heads = spec.heads if load.fused_attention else max(1, min(spec.heads, 4 * spec.hidden // load.rows))
+    return 0 if heads == spec.heads else heads
+
+
+def _dense_block_bytes(spec: TransformerSpec, load: Load, bits: int) -> int:
+    """Dense copies of a block's matrices, which several trainings share, while the last of them is made.
+
+    On a GPU those of the block before may still be needed.
+    """
+    is_packed = bits in QUANTIZED_BITS or bool(load.stored)
+    found = []
+    for place in (0, spec.blocks - 1):
+        sizes = [prod(shape) * load.item_bytes for shape in block_shapes(spec, place).values() if len(shape) == 2]
+        found.append(sum(sizes) + (int(_UNPACKING * max(sizes)) if is_packed and not memory.is_gpu() else 0))
+    return max(found) * (2 if memory.is_gpu() else 1)
 
 
 def _work_bytes(spec: TransformerSpec, load: Load, bits: int, heads: int, pieces: int | None) -> tuple[int, int]:
@@ -260,11 +337,11 @@ def _largest_matrix(spec: TransformerSpec) -> int:
     return spec.hidden * (3 * spec.hidden + 2 * spec.mlp_width)
 
 
-def _with_kept(spec: TransformerSpec, load: Load, layout: Layout, budget_bytes: int) -> Layout:
+def _with_kept(spec: TransformerSpec, loads: Sequence[Load], layout: Layout, budget_bytes: int) -> Layout:
     """The same layout with as many kept blocks as the budget has room for, the last ones first."""
     keep, kept, room = 0, 0, budget_bytes - layout.peak_bytes
     for place in reversed(range(spec.blocks)):
-        size = kept_bytes(spec, load, place)
+        size = sum(kept_bytes(spec, load, place) for load in loads)
         if kept + size > room:
             break
         keep, kept = keep + 1, kept + size

@@ -36,7 +36,7 @@ def gradients_in_turns(transformer: Transformer, loaded: Loaded, terms: Terms) -
     losses, sums, sigmas = [], {}, []
     for number, (draws, batch) in enumerate(loaded.passes):
         way = _pass(transformer, draws, batch, loaded.step, terms)
-        loss, gradients, of_pass = yield from turns.shifted(way, number * 2 * transformer.spec.blocks)
+        loss, gradients, of_pass = yield from turns.shifted(way, number * (2 * transformer.spec.blocks + 1))
         sums = {name: sums[name] + value if sums else value for name, value in gradients.items()}
         mx.eval(loss, sums)
         losses.append(loss)

@@ -65,7 +65,7 @@ def examine(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Jou
 def _examine(
     job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout, journal: Journal, steps: int
 ) -> list[Finding]:
-    transformer = loop.load(job, folders, spec, layout, journal)
+    transformer = loop.load(job, folders, spec, layout, journal.say)
     contexts = open_contexts(job.store, job.record.body, spec.context_width)
     chosen = Chosen(job.record.body, acceptance.ITEMS)
     if not chosen.items:

@@ -127,7 +127,7 @@ def load(folder: Path, job: Any, journal: Lines) -> tuple[Any, Any]:
     plan = loop.layout_of(job, of)
     parts = {name: size for name, size in plan.parts.items() if name != "kept projections"}
     plan = replace(plan, keep=0, parts=parts)
-    return loop.load(job, places, of, plan, journal), plan
+    return loop.load(job, places, of, plan, journal.say), plan
 
 
 def forget(folder: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize
 from flux2_relay.stages.spec import DEV, TransformerSpec
-from flux2_relay.stages.train import layout, lora, optimizer
-from flux2_relay.stages.train.backprop import loss_and_gradients
+from flux2_relay.stages.train import layout, lora, optimizer, turns
+from flux2_relay.stages.train.backprop import in_turns, loss_and_gradients
 from flux2_relay.stages.train.layout import Layout, Load
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
+from flux2_relay.stages.train.shared_base import shared
 from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
 
 SIDE, TEXT = 12, 48
@@ -200,3 +201,45 @@ def test_masks_of_dropout_are_planned_for() -> None:
     rows = TEXT + SIDE * SIDE
     assert plan.peak_bytes - without.peak_bytes == 5 * rows * (spec.hidden + spec.mlp_width)
     assert measured(spec, plan, dropout=0.3) == pytest.approx(plan.peak_bytes, rel=0.1)
+
+
+def measured_together(spec: TransformerSpec, plan: Layout, runs: int) -> int:
+    """Peak of live arrays over two steps of several trainings over one base, from an empty memory."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = shared(random_model(spec, plan))
+    models = [replace(model, adapters={}) for _ in range(runs)]
+    for number, one in enumerate(models):
+        lora.attach(one, OPTIONS, seed=number)
+    updates = [optimizer.Optimizer(TrainOptions(), lora.parameters(one)) for one in models]
+    rows = SIDE * SIDE
+    batch = Batch(
+        latents=mx.random.normal((1, rows, 128)),
+        context=mx.random.normal((1, TEXT, spec.context_width)),
+        latent_ids=image_ids(SIDE, SIDE),
+        text_ids=text_ids(TEXT),
+    )
+    mx.eval(batch.latents, batch.context)
+    mx.reset_peak_memory()
+    for step in range(2):
+        noises = [mx.random.normal((1, rows, 128)) for _ in models]
+        ways = [in_turns(one, batch, mx.array([0.5]), noise, None) for one, noise in zip(models, noises, strict=True)]
+        found = turns.together(ways)
+        mx.eval(found)
+        for one, update in zip(models, updates, strict=True):
+            gradients, _ = optimizer.clip(found.pop(0)[1], 1.0)
+            lora.load(one, update.update(lora.parameters(one), gradients, step))
+            del gradients
+    model.residence.close()
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize(("bits", "resident", "kept"), [(32, 4, 0), (32, 4, 10**9), (32, 0, 0), (8, 4, 0)])
+def test_the_plan_of_runs_together_is_within_a_tenth_of_what_is_measured(bits: int, resident: int, kept: int) -> None:
+    spec = SPECS["384 wide"]
+    loads = [load_of(spec)] * 3
+    budget = layout.predict_together(spec, loads, bits, resident).peak_bytes + kept
+    stream = "never" if resident else "always"
+    plan = layout.choose(spec, loads, MemoryOptions(bits=bits, stream=stream), budget)  # pyright: ignore[reportArgumentType]
+    assert (plan.keep > 0, plan.resident) == (kept > 0, resident)
+    assert measured_together(spec, plan, 3) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
