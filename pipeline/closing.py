@@ -4,12 +4,12 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import click
 
 from flux2_relay.pipeline.report_metrics import duration
-from flux2_relay.pipeline.run_folder import say
+from flux2_relay.pipeline.run_folder import RunFolder, say
 from flux2_relay.stages import one_model
 from flux2_relay.stages.measure import in_words
 
@@ -20,6 +20,9 @@ WIDTH = 80
 class Stage:
     """A stage of this process, from when this is made until it is closed."""
 
+    run: RunFolder
+    """Whose run it is: the turns of the stage's models are noted there."""
+
     planned_bytes: int | None = None
     """The peak that was planned, where the turns of its models do not say it."""
     _started: float = field(default_factory=time.perf_counter)
@@ -29,6 +32,7 @@ class Stage:
         """Say it: `done` is what was done, `then` the next command."""
         said = f"{done} in {duration(time.perf_counter() - self._started)}"
         turns = one_model.turns[self._before :]
+        self.run.write_phases(asdict(turn) for turn in turns)
         if turns:
             largest = max(turns, key=lambda turn: turn.peak_bytes)
             planned = self.planned_bytes or largest.predicted_bytes

@@ -31,7 +31,7 @@ def encode(config: Config, shard: str = "1/1") -> None:
     from flux2_relay.stages.encode import sharing, stage
 
     share = sharing.shard(shard)
-    under_way = closing.Stage()
+    under_way = closing.Stage(run_folder.RunFolder(config.run.folder))
     say_blas()
     job = encode_job(config, lambda: cache.open(config.cache.path, "a", codec=config.cache.codec))
     done = stage.encode(replace(job, shard=share))
@@ -184,7 +184,7 @@ def _train(config: Config, given: Ready, job: "TrainJob") -> None:
     say_blas()
     layout = loop.layout_of(job, given.spec, stock_of(given.places.transformer, given.spec))
     origin.keep(run, config, job, given.places, given.spec, layout)
-    under_way = closing.Stage(layout.peak_bytes)
+    under_way = closing.Stage(run, layout.peak_bytes)
     with events.journal(run, config.log.tensorboard) as journal, live.watched(journal, run, config) as watched:
         done = loop.run(job, given.places, given.spec, watched)
     say(f"the adapter is {run.adapter}; the report is {run.path / 'report.html'}")
@@ -206,7 +206,7 @@ def decode(path: Path) -> None:
     from flux2_relay.stages.decode import stage
 
     run, config = run_folder.open_run(path)
-    under_way = closing.Stage()
+    under_way = closing.Stage(run)
     say_blas()
     model = config.model
     budget_bytes = memory.budget_bytes(config.memory.budget)

@@ -4,13 +4,14 @@ config.yaml          as resolved        metrics.jsonl        a line a step
 validation.jsonl     held-out losses    checkpoints/STEP/    to go on from
 adapter.safetensors  for other programs, and adapter_ema.safetensors where there is a mean
 previews/            latents and PNGs   report.html
+phases.jsonl         a line for each model that a stage held: how long, and what memory it took and gave back
 .save, .stop         made by the user: write a checkpoint, or write one and leave, after this step
 .lock                held by the process that trains (`run_lock.py`)
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline.config import Config, dump_config, load_config
+
+PHASES = "phases.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,13 @@ class RunFolder:
     def write_validation(self, line: Mapping[str, object]) -> None:
         """Append the held-out loss after a step."""
         _append(self.validation, json.dumps(line))
+
+    def write_phases(self, turns: Iterable[Mapping[str, object]]) -> None:
+        """Append a line for each model that a stage has held; stage one does so before there is a run."""
+        with suppress(OSError):  # it is for people to read, and no reason to fail
+            for turn in turns:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _append(self.path / PHASES, json.dumps(turn))
 
     def rewind(self, step: int) -> None:
         """Keep the lines up to `step` alone, at 0 none: what was done after the last checkpoint is done again."""
@@ -96,7 +106,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def refuse_existing(folder: Path) -> None:
     """InputError where a run that may not be resumed has a folder already."""
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} == {PHASES}):
         raise InputError(
             f"{folder} exists already and --resume is never; choose another run.name, or let it resume (--resume auto)"
         )

@@ -21,7 +21,11 @@ class Turn:
     """One model's turn that is over."""
 
     name: str
+    seconds: float
+    before_bytes: int  # of arrays, as the two that follow
     peak_bytes: int
+    after_bytes: int
+    process_bytes: int  # of the process, once the model was released
     predicted_bytes: int | None
 
 
@@ -54,11 +58,12 @@ def in_turn(
         planned = "" if predicted_bytes is None else f" (predicted {measure.in_words(predicted_bytes)})"
         of_time = "" if predicted_seconds is None else f" (predicted {predicted_seconds:.1f} s)"
         release()
-        turns.append(Turn(name, peak, predicted_bytes))
+        seconds, after, process = time.perf_counter() - started, mx.get_active_memory(), measure.resident_bytes()
+        turns.append(Turn(name, seconds, before, peak, after, process, predicted_bytes))
         say(
-            f"{name} released after {time.perf_counter() - started:.1f} s{of_time}; arrays: "
+            f"{name} released after {seconds:.1f} s{of_time}; arrays: "
             f"{measure.in_words(before)} before, {measure.in_words(peak)} at the peak{planned}, "
-            f"{measure.in_words(mx.get_active_memory())} now; process: {measure.in_words(measure.resident_bytes())} now"
+            f"{measure.in_words(after)} now; process: {measure.in_words(process)} now"
         )
 
 
