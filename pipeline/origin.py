@@ -94,11 +94,11 @@ def _origin(job: "Job", places: "ModelFolders", spec: "TransformerSpec", layout:
         "versions": {"flux2-relay": version("flux2-relay"), "mlx": version("mlx"), "python": platform.python_version()},
         "machine": {"system": platform.platform(), "device": str(mx.default_device()), "products": blas.describe()},
         "plan": {"peak_bytes": layout.peak_bytes, "in_words": layout.in_words()},
-        "data": _data(job.store, record.body, job.validation.fraction),
+        "data": data_of(job.store, record.body, job.validation.fraction),
     }
 
 
-def _data(store: "Store", body: Mapping[str, Any], fraction: float) -> dict[str, Any]:
+def data_of(store: "Store", body: Mapping[str, Any], fraction: float) -> dict[str, Any]:
     """All buckets counted, and some samples in full, evenly spread."""
     from flux2_relay.stages.train import validation
 

@@ -26,7 +26,7 @@ for (const box of document.querySelectorAll(".compare")) {
   function inRow(wanted) { return pictures.filter(picture => picture.dataset.row === wanted); }
 
   function offer(select, values, value) {
-    select.replaceChildren(...values.map(text => new Option(text)));
+    select.replaceChildren(...values.map(text => new Option(text, text)));
     select.value = values.includes(value) ? value : values[0];
   }
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,15 @@ _OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
 )  # fmt: skip
+_BEGIN = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser hears on descriptor 3 and answers on 4, wherever our ends of the pipes are."""
 _PATIENCE = 60  # seconds for one answer: a machine may be busy
 
 
@@ -38,8 +48,7 @@ def opened(folder: Path) -> "Iterator[Tab]":
     if program is None:
         pytest.skip("no Chromium was found on this machine (CHROMIUM=PATH names one)")
     (hear, answer), (asked, ask) = os.pipe(), os.pipe()
-    # It reads from descriptor 3 and writes to 4.
-    command = ["sh", "-c", f'exec "$@" 3<&{asked} 4>&{answer}', "sh", program, *_OPTIONS, f"--user-data-dir={folder}"]
+    command = [sys.executable, "-ESc", _BEGIN, str(asked), str(answer), program, *_OPTIONS, f"--user-data-dir={folder}"]
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, pass_fds=(asked, answer), stdout=quiet, stderr=quiet, stdin=quiet)
     os.close(asked)

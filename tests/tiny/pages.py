@@ -84,6 +84,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.said: list[str] = []
         self.scripts: list[str] = []
+        self.html = text
         self.feed(text)
         assert not self.open, self.open
 
@@ -126,5 +127,5 @@ class Page(HTMLParser):
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"script-src 'sha256-{digest}'" in self.policy
         assert "default-src 'none'" in self.policy
-        assert "url(" not in self.rawdata
-        assert "@import" not in self.rawdata
+        assert "url(" not in self.html
+        assert "@import" not in self.html

@@ -164,7 +164,7 @@ def test_short_runs_have_every_chart(report: Report, steps: int) -> None:
         "Loss", "Loss by sigma", "Loss by sigma band", "Gradient norm", "Learning rate", "Time", "Waiting for data",
         "Peak memory",
     ]  # fmt: skip
-    assert "nan" not in page.rawdata.lower().replace("nano", "")
+    assert "nan" not in page.html.lower().replace("nano", "")
 
 
 def test_constant_zeros_are_drawn(run: RunFolder, report: Report) -> None:
