@@ -306,5 +306,5 @@ def _of_prompt(
                 for one, step in pictures
             )
             rows.append(f"<tr>{_name(run, 'which')}{''.join(f'<td>{inner}</td>' for inner in cells)}</tr>")
-    title = f'<tr class="run"><th scope="colgroup" colspan="{len(steps) + 1}">{escape(name)}</th></tr>'
+    title = f'<tr class="run"><th scope="colgroup" colspan="{len(steps) + 1}"><span>{escape(name)}</span></th></tr>'
     return f"<tbody>{title}{''.join(rows)}</tbody>" if rows else ""

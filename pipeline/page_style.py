@@ -120,11 +120,15 @@ img.pick { cursor: pointer; }
   text-align: left; vertical-align: top; white-space: nowrap; }
 .table tr + tr > * { border-top: 1px solid var(--line); }
 .table thead th { font-weight: 400; color: var(--soft); border-bottom: 1px solid var(--line); }
-.table tbody th { font-weight: 600; } .table td code { white-space: pre-wrap; } .table .number { text-align: right; }
+.table tbody th { font-weight: 600; }
+.table tbody th, .table thead th:first-child { position: sticky; left: 0; background: var(--card); }
+ .table td code { white-space: pre-wrap; } .table .number { text-align: right; }
 .table td.wrap { white-space: normal; min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
+.models { margin-top: 1rem; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .5rem;
   background: var(--own); }
 .previews .run th { padding: 1.1rem .9rem .6rem; }
+.previews .run span { position: sticky; left: .9rem; display: inline-block; max-width: min(100%, 80vw); }
 .previews .which { position: sticky; left: 0; background: var(--card);
   z-index: 1; font-size: .85rem; font-weight: 600; min-width: 8rem; padding-left: .9rem; overflow-wrap: anywhere; }
 .hint { margin: 0 0 .9rem; color: var(--soft); }

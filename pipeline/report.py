@@ -123,7 +123,30 @@ def _about(run: RunFolder, config: Config, made_from: Mapping[str, Any]) -> str:
         f"<tr><th>{escape(name)}</th><td><code>{escape(told)}</code></td></tr>" for name, told in rows.items() if told
     )
     folded = _folded("Config", run.path / "config.yaml") + _folded("Log", run.path / "log.txt", _LOG_LINES)
-    return f'<h2>About this run</h2>\n<div class="wide-table"><table class="about">{cells}</table></div>\n{folded}'
+    return f'<h2>About this run</h2>\n<table class="about">{cells}</table>\n{_models(run)}{folded}'
+
+
+def _models(run: RunFolder) -> str:
+    """What each model took that a stage of this run held: one at a time, and none left behind."""
+    rows = "".join(_model(line) for line in run.phases() if isinstance(line, Mapping))
+    names = "Model held", "for", "peak", "planned", "before", "after", "process after"
+    head = "".join(
+        f'<th scope="col" class="{"number" if place else ""}">{name}</th>' for place, name in enumerate(names)
+    )
+    table = f'<table class="table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll models">{table}</div>\n' if rows else ""
+
+
+def _model(line: Mapping[str, Any]) -> str:
+    sizes = ("peak_bytes", "predicted_bytes", "before_bytes", "after_bytes", "process_bytes")
+    told = [duration(line["seconds"]) if _is_number(line.get("seconds")) else ""]
+    told += [in_bytes(line[name]) if _is_number(line.get(name)) else "" for name in sizes]
+    cells = "".join(f'<td class="number">{value}</td>' for value in told)
+    return f'<tr><th scope="row">{escape(str(line.get("name")))}</th>{cells}</tr>'
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0
 
 
 def _made_from(made_from: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

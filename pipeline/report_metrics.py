@@ -56,6 +56,8 @@ def scaled_bytes(values: np.ndarray) -> tuple[float, str]:
 
 def in_bytes(size: float) -> str:
     """Bytes as people read them: 24.1 GB."""
+    if size < 1000:
+        return f"{size:.0f} B"
     divisor, unit = scaled_bytes(np.array([float(size)]))
     value = size / divisor
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"

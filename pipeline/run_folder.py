@@ -81,6 +81,10 @@ class RunFolder:
         """Every whole line of held-out losses, likewise."""
         return _lines(self.validation)
 
+    def phases(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of what models took, likewise."""
+        return _lines(self.path / PHASES)
+
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in the run's log."""
         say(sentence)

@@ -224,7 +224,7 @@ def test_a_page_is_written_whole(run: RunFolder, report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(999, "0.999 kB"), (132_000, "132 kB"), (70_100_000, "70.1 MB"), (2.25e10, "22.5 GB")]
+    ("size", "said"), [(0, "0 B"), (999, "999 B"), (132_000, "132 kB"), (70_100_000, "70.1 MB"), (2.25e10, "22.5 GB")]
 )
 def test_bytes_in_words(size: float, said: str) -> None:
     assert in_bytes(size) == said

@@ -88,6 +88,16 @@ def test_the_plan_keys_and_versions_are_told(run: RunFolder, trained: Project) -
     assert "path: " + str(trained.data) in text  # the config
 
 
+def test_what_each_model_took_is_told(run: RunFolder) -> None:
+    with open(run.path / "phases.jsonl", "a") as file:
+        file.write(json.dumps({"name": HOSTILE, "seconds": 61, "peak_bytes": 2e9, "predicted_bytes": None}) + "\n[]\n")
+    found = page(run)
+    text = found.html.partition('<div class="scroll models">')[2].partition("</table>")[0]
+    assert re.findall('<th scope="row">([^<]*)</th>', text)[0] == "transformer"
+    assert '<td class="number">1 min 01 s</td><td class="number">2 GB</td><td class="number"></td>' in text
+    assert HOSTILE in found.text
+
+
 def test_captions_and_names_are_text(run: RunFolder) -> None:
     def spoil(told: dict) -> None:
         for sample in told["data"]["shown"]:
