@@ -61,7 +61,8 @@ def run(job: Job, folders: ModelFolders, spec: TransformerSpec, journal: Journal
     layout = layout_of(job, spec, stock_of(folders.transformer, spec))
     journal.say(f"memory: {layout.in_words()}")
     agreement.check(job, spec, layout)
-    return in_turn("transformer", partial(_load_and_train, job, folders, spec, layout, journal), journal.say)
+    work = partial(_load_and_train, job, folders, spec, layout, journal)
+    return in_turn("transformer", work, journal.say, layout.peak_bytes)
 
 
 def look_ahead(job: Job, spec: TransformerSpec, journal: Journal) -> None:
