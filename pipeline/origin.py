@@ -12,6 +12,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -66,13 +67,13 @@ def thumbnail_of(run: RunFolder, latents: Mapping[str, Any]) -> Path:
 
 def take_thumbnails(run: RunFolder, config: Config) -> int:
     """Copy pictures that are here, that are the ones that were encoded, and that were not copied yet -> how many."""
-    told = read(run)
-    folders = [*told.get("set", {}).get("made", {}).get("paths", []), *(options.path for options in config.data)]
-    taken = 0
-    for sample in told.get("data", {}).get("shown", []):
-        latents = sample["latents"][0] if sample["latents"] else None
-        if latents is not None and not (target := thumbnail_of(run, latents)).exists():
-            taken += _take(_places(sample["id"], folders, len(config.data)), latents, target)
+    taken, told = 0, read(run)
+    with suppress(KeyError, TypeError, ValueError, AttributeError):  # a damaged origin.json: the page says so
+        folders = [*told["set"]["made"].get("paths", []), *(options.path for options in config.data)]
+        for sample in told["data"]["shown"]:
+            latents = sample["latents"][0] if sample["latents"] else None
+            if latents is not None and not (target := thumbnail_of(run, latents)).exists():
+                taken += _take(_places(sample["id"], folders, len(config.data)), latents, target)
     return taken
 
 
@@ -178,6 +179,6 @@ def _save(path: Path, placement: "Placement", background: str, target: Path) -> 
     picture = Image.fromarray(((pixels + 1) * 127.5).round().astype("uint8"))
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     target.parent.mkdir(exist_ok=True)
-    aside = target.with_suffix(".part")
+    aside = target.with_suffix(f".{os.getpid()}")
     picture.save(aside, "JPEG", quality=88)
     os.replace(aside, target)

@@ -44,10 +44,14 @@ def write_report(run: RunFolder, config: Config, live: bool = False) -> Path:
 
 
 def write_page(target: Path, title: str, body: str, live: bool = False) -> Path:
-    """Write a page under its name in one step."""
-    aside = target.with_name(f".{target.name}.part")
-    aside.write_text(page(title, body, live), "utf-8")
-    os.replace(aside, target)
+    """Write a page under its name in one step, whoever else writes it at the same time."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        aside.write_text(page(title, body, live), "utf-8")
+        os.replace(aside, target)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     return target
 
 

@@ -1,5 +1,7 @@
 """The report of a run: what it says, what it survives, and that it asks for nothing else."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny.pages import HOSTILE, Page, line, png, put_preview, write_run
 
 from flux2_relay.pipeline import charts
@@ -139,6 +142,39 @@ def test_undecoded_previews_say_what_to_run(run: RunFolder, report: Report, prev
     assert f"2 of 3 previews are not decoded yet: run relay decode {run.path}" in page.text
     assert len(page.all("img")) == 1
     assert page.text.count("not decoded yet") == 3  # the sentence and both cells
+
+
+def test_large_pictures_go_in_smaller_and_small_ones_as_they_are(report: Report, preview) -> None:
+    preview(0, 0, png(1024, 768))
+    preview(10, 0, small := png(256, 200))
+    preview(5, 0, png(1024, 768)[:60])
+    page = Page(report([1.0], prompts=["a"]))
+    page.asks_for_nothing()
+    large, other = page.all("img")
+    assert (large["width"], large["height"]) == ("1024", "768")
+    kind, _, data = large["src"].partition(";base64,")
+    assert kind == "data:image/jpeg"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.size == (640, 480)
+    assert base64.b64decode(other["src"].partition(",")[2]) == small
+    assert "000005-00.png is no PNG" in page.text
+
+
+def test_of_many_steps_some_are_shown(run: RunFolder, report: Report, preview) -> None:
+    for step in range(0, 101, 5):
+        preview(step, 0, png(8, 8))
+    page = Page(report([1.0], steps=100, prompts=["a"]))
+    steps = [int(image["data-order"]) for image in page.all("img")]
+    assert (len(steps), steps[0], steps[-1]) == (10, 0, 100)
+    assert max(np.diff(steps)) <= 15
+    assert f"Of 21 steps 10 are shown; all are in {run.path / 'previews'}" in page.text
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(run: RunFolder, report: Report) -> None:
+    (run.path / "report.html").mkdir()
+    with pytest.raises(OSError, match=r"report\.html"):
+        report([1.0])
+    assert [path.name for path in run.path.iterdir() if "report" in path.name] == ["report.html"]
 
 
 def test_a_gap_and_a_broken_picture_do_not_stop_the_page(report: Report, preview) -> None:
