@@ -102,7 +102,7 @@ def _subject(
     side = resolution // 16
     task = Task(
         spec=transformer,
-        options=LayoutOptions(train=train, memory=wanted),
+        options=LayoutOptions(train=train, memory=wanted, dropout=adapters.dropout, kind=adapters.kind),
         lora=adapters,
         size=(side, side),
         text_rows=_TEXT_ROWS,

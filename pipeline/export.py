@@ -58,7 +58,7 @@ def export(source: Path, form_name: str, out: Path, choice: Choice, config: Conf
     form = adapter_formats.FORMATS[form_name]
     adapter_formats.refuse(form, adapter.factors, adapter.spec)
     config = run_folder.open_run(source)[1] if source.is_dir() else config
-    factors = suited(adapter.factors, form, _base(config, adapter.spec) if config else None)
+    factors = suited(adapter.factors, form, _base(config) if config else None)
     dtype = TYPES[DTYPES[choice.dtype]] if choice.dtype else adapter.dtype
     difference = write(out, factors, adapter.spec, form, adapter.metadata, dtype)
     ranks = ", ".join(map(str, sorted({part.rank for part in adapter.factors.values() if part.rank}))) or "none"
@@ -80,7 +80,7 @@ def _of_file(path: Path, choice: Choice, config: Config | None) -> "AdapterFile"
     return adapter_file.read_file(path, None if config is None else _spec(config))
 
 
-def _base(config: Config, spec: "TransformerSpec") -> "Base":
+def _base(config: Config) -> "Base":
     """The rows of the base model that the config names."""
     import mlx.core as mx
 
@@ -89,7 +89,7 @@ def _base(config: Config, spec: "TransformerSpec") -> "Base":
 
     @cache
     def tensors() -> "Tensors":
-        return merge.open_dense(folders.find(config.model.path).transformer, spec)
+        return merge.open_dense(folders.find(config.model.path).transformer, _spec(config))
 
     return lambda path: (rows.astype(mx.float32) for rows in merge.stretches(tensors(), f"{path}.weight"))
 

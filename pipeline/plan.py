@@ -175,7 +175,9 @@ def _training(
     if not found:
         return None
     adapter = lora.size(transformer, config.lora)
-    options = LayoutOptions(train=config.train, memory=config.memory, dropout=config.lora.dropout)
+    options = LayoutOptions(
+        train=config.train, memory=config.memory, dropout=config.lora.dropout, kind=config.lora.kind
+    )
     try:
         layout = layout_for(transformer, found, rows, adapter, options, stock_of(places.transformer, transformer))
     except InputError as error:

@@ -35,6 +35,8 @@ _PACKING_BYTES = 2
 """A weight of a matrix that is packed while its block is read, as the file has it."""
 _MASK_BYTES = 5
 """An element of an adapter's input under dropout: random bits and the mask made of them."""
+_KIND_UNITS: Mapping[str, int] = {"lora": 0, "dora": 24, "lokr": 32}
+"""Units besides, by `lora.kind`: DoRA computes outputs once more and scales cotangents, LoKr joins those in pieces."""
 _FEWER_PIECES = {True: {3: (0, 0.0), 2: (1, 1.0), 1: (2, 1.6)}, False: {1: (0, 0.0), 0: (11, 1.0)}}
 """On a GPU and not: pieces under way, the most first -> arrays and dense copies that this saves."""
 _UNPACKING = 2.5
@@ -55,6 +57,7 @@ class Load:
     fused_attention: bool  # whether the backend has a kernel for attention's gradient
     stored: Stock = field(default_factory=dict)  # what the checkpoint has packed already
     dropout: bool = False  # whether adapters leave out part of their input
+    kind: str = "lora"  # `lora.kind`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +67,7 @@ class LayoutOptions:
     train: TrainOptions
     memory: MemoryOptions
     dropout: float = 0.0  # `lora.dropout`
+    kind: str = "lora"  # `lora.kind`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +188,7 @@ def load_for(
         fused_attention=has_fused_attention(rows),
         stored=stored or {},
         dropout=options.dropout > 0,
+        kind=options.kind,
     )
 
 
@@ -283,7 +288,7 @@ def _work_bytes(spec: TransformerSpec, load: Load, bits: int, heads: int, pieces
     matrix = _largest_matrix(spec) * load.item_bytes if _is_made_dense(load, bits) else 0
     fewer_units, fewer_matrices = _FEWER_PIECES[is_gpu].get(pieces, (0, 0.0)) if pieces is not None else (0, 0.0)
     found = [
-        ((units - fewer_units) * unit + masks, int((matrices - fewer_matrices) * matrix))
+        ((units - fewer_units + _KIND_UNITS[load.kind]) * unit + masks, int((matrices - fewer_matrices) * matrix))
         for units, matrices in (_ON_GPU if is_gpu else _ON_CPU)
     ]
     if not load.fused_attention:

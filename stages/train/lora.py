@@ -179,6 +179,11 @@ def parameters(transformer: Transformer) -> dict[str, mx.array]:
     }
 
 
+def starts_at_zero(name: str) -> bool:
+    """Whether a weight of this name does, so that the first update must move it."""
+    return name.endswith(("lora_B.weight", "lokr_w2", "lokr_w2_b"))
+
+
 def load(transformer: Transformer, values: Mapping[str, mx.array]) -> None:
     """Set the adapters to `values` (names and shapes of `parameters`); scales stay."""
     current = parameters(transformer)

@@ -107,7 +107,7 @@ def try_training(job: Job, examiner: Examiner, journal: Journal, steps: int) -> 
     return [
         judge_steps([line["loss"] for line in heard.steps]),
         judge_held_out([line["loss"] for line in heard.held_out]),
-        judge_adapter({name: float(mx.max(mx.abs(b))) for name, b in values.items() if "lora_B" in name}),
+        judge_adapter({name: float(mx.max(mx.abs(b))) for name, b in values.items() if lora.starts_at_zero(name)}),
         judge_spread(before, spread(examiner)),
     ]
 

@@ -12,6 +12,7 @@ from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train.batches import Item, items
 from flux2_relay.stages.train.job import Job
+from flux2_relay.stages.train.lora import starts_at_zero
 from flux2_relay.stages.train.optimizer import moments
 from flux2_relay.stages.train.options import LoraOptions, SaveOptions, TrainOptions
 
@@ -126,13 +127,13 @@ def _pmset(*arguments: str) -> str:
 
 
 def of_adapter(values: Mapping[str, mx.array]) -> str | None:
-    """What to say of an adapter after `LOOK_AT` steps: B begins as zero, and the first update moves it."""
-    matrices = {name: value for name, value in values.items() if "lora_B" in name}
+    """What to say of an adapter after `LOOK_AT` steps: a factor begins as zero, and the first update moves it."""
+    matrices = {name: value for name, value in values.items() if starts_at_zero(name)}
     zero = [name for name, value in matrices.items() if not bool(mx.any(value).item())]
     if not zero:
         return None
     which = "every module" if len(zero) == len(matrices) else f"{len(zero)} of {len(matrices)} modules"
     return (
-        f"after {LOOK_AT} steps B is still zero in {which}, e.g. {zero[0]}: nothing has been learned there. Look at "
-        "train.lr, train.warmup and whether the loss is finite"
+        f"after {LOOK_AT} steps a factor is still zero in {which}, e.g. {zero[0]}: nothing has been learned there. "
+        "Look at train.lr, train.warmup and whether the loss is finite"
     )

@@ -40,14 +40,15 @@ SPECS = {"256 wide": spec_of(256, 2, 4), "384 wide": spec_of(384, 1, 3), "512 wi
 OPTIONS = LoraOptions(rank=4)
 
 
-def load_of(spec: TransformerSpec) -> Load:
+def load_of(spec: TransformerSpec, options: LoraOptions = OPTIONS) -> Load:
     return Load(
         batch=1,
         rows=TEXT + SIDE * SIDE,
-        adapter_bytes=4 * lora.size(spec, OPTIONS),
+        adapter_bytes=4 * lora.size(spec, options),
         adapter_copies=4,
         item_bytes=4,
         fused_attention=False,
+        kind=options.kind,
     )
 
 
@@ -82,12 +83,12 @@ def random_model(spec: TransformerSpec, plan: Layout) -> Transformer:
     return model
 
 
-def measured(spec: TransformerSpec, plan: Layout, dropout: float = 0.0) -> int:
+def measured(spec: TransformerSpec, plan: Layout, dropout: float = 0.0, options: LoraOptions = OPTIONS) -> int:
     """Peak of live arrays over two steps, from an empty memory."""
     mx.clear_cache()
     before = mx.get_active_memory()
     model = random_model(spec, plan)
-    lora.attach(model, OPTIONS, seed=0)
+    lora.attach(model, options, seed=0)
     update = optimizer.Optimizer(TrainOptions(), lora.parameters(model))
     rows = SIDE * SIDE
     batch = Batch(
@@ -122,6 +123,15 @@ def test_the_plan_is_within_a_tenth_of_what_is_measured(name: str) -> None:
     assert [(plan.keep > 0, plan.streamed) for plan in plans] == [(True, False), (False, False), (False, True)]
     for plan in plans:
         assert measured(spec, plan) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_other_kinds_stay_under_their_plan(kind) -> None:
+    spec, options = SPECS["256 wide"], LoraOptions(kind=kind, rank=4)
+    load = load_of(spec, options)
+    plan = layout.predict(spec, load, 32, spec.blocks)
+    assert plan.peak_bytes > layout.predict(spec, replace(load, kind="lora"), 32, spec.blocks).peak_bytes
+    assert 0.8 < measured(spec, plan, options=options) / plan.peak_bytes <= 1.0
 
 
 def test_less_budget_means_fewer_bits_before_blocks_are_streamed() -> None:

@@ -14,9 +14,7 @@ from flux2_relay.stages.train import warnings
 from flux2_relay.stages.train.batches import Item
 from flux2_relay.stages.train.options import LoraOptions, SaveOptions, TrainOptions
 
-BATTERY = (
-    "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t80%; discharging; present: true\n"
-)
+BATTERY = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t80%; discharging; present: true\n"
 MAINS = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t100%; charged; 0:00 remaining present: true\n"
 SLEPT = "2026-01-02 03:04:05 +0000 Notification        \tDisplay is turned off                    \t           \n"
 WOKE = "2026-01-02 05:04:05 +0000 Notification        \tDisplay is turned on                     \t           \n"
@@ -127,6 +125,8 @@ def test_b_that_is_still_zero() -> None:
     values = {"x.lora_A.weight": mx.ones(2), "x.lora_B.weight": mx.zeros(2), "y.lora_B.weight": mx.ones(2)}
     assert "1 of 2 modules, e.g. x.lora_B.weight" in str(warnings.of_adapter(values))
     assert "every module" in str(warnings.of_adapter({"x.lora_B.weight": mx.zeros(2)}))
+    of_lokr = {"x.lokr_w1": mx.ones(2), "x.lokr_w2_a": mx.ones(2), "x.lokr_w2_b": mx.zeros(2), "y.lokr_w2": mx.ones(2)}
+    assert "1 of 2 modules, e.g. x.lokr_w2_b" in str(warnings.of_adapter(of_lokr))
     assert warnings.of_adapter({"x.lora_A.weight": mx.zeros(2), "x.lora_B.weight": mx.ones(2)}) is None
 
 
@@ -137,5 +137,5 @@ def test_plan_and_train_say_them(encoded: Callable[..., Project]) -> None:
     for outcome in (planned, trained):
         assert "warning: train.lr is 0: nothing is learned" in " ".join(outcome.said.split())
         assert "warning: train.batch is 4, but" in " ".join(outcome.said.split())
-    assert "after 20 steps B is still zero in every module" in trained.said
-    assert "B is still zero" in (project.run / "log.txt").read_text()
+    assert "after 20 steps a factor is still zero in every module" in trained.said
+    assert "a factor is still zero" in (project.run / "log.txt").read_text()
