@@ -37,6 +37,12 @@ def test_a_resident_and_a_streamed_step_run_in_tiny(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "lines.jsonl"], "weights are removed"
 
 
+def test_two_ranks_end_with_the_adapter_of_one_that_accumulates(tmp_path: Path) -> None:
+    """In tiny over ring, where that is so to the bit; on cards it is measured."""
+    found = lines(tmp_path, "two-ranks-same")["two-ranks-same"]
+    assert found["ratio"] == found["apart"] == 0
+
+
 def test_a_case_that_fails_is_a_line_and_the_run_goes_on() -> None:
     case = cases.CASES["dev-bf16-512"]
     found = [{"case": "dev-4bit-512", "error": "no | memory"}, {"case": case.name, **FIGURES}]

@@ -158,9 +158,33 @@ def variants() -> Iterator[Case]:
     yield step("dev-4bit-512-kept", "dev", SMALL, Goal(), 18, bits=4, keep=ALL, steps=6)
 
 
+def parallel() -> Iterator[Case]:
+    """Two ranks, a card each, over NCCL: against one rank, against the peer, the same adapter, and a lost rank.
+
+    1.9 x the items a second is a step of 2 / 1.9 of the time.
+    """
+    for model, side, pixels in (
+        ("klein-4b", 512, SMALL),
+        ("klein-4b", 1024, LARGE),
+        ("klein-9b", 512, SMALL),
+        ("klein-9b", 1024, LARGE),
+    ):
+        chosen = {"model": model, "pixels": pixels, "bits": 16, "keep": ALL, "ranks": 2, "measure": "speed"}
+        name, against = f"{model}-{side}-two-ranks", f"peer-{model}-{side}-two-ranks"
+        goal = Goal(ratio=2 / 1.9, faster_than={against: 1.0})
+        yield Case(name=name, kind="parallel", settings=chosen, goal=goal, expected_seconds=50)
+        few = {"model": model, "pixels": pixels, "ranks": 2, "steps": 5}
+        yield Case(name=against, kind="peer_parallel", settings=few, expected_seconds=70)
+    common = {"model": "klein-4b", "pixels": SMALL, "bits": 16, "keep": ALL, "ranks": 2, "warm_up": 1}
+    chosen = {**common, "measure": "same", "steps": 20}
+    yield Case(name="two-ranks-same", kind="parallel", settings=chosen, goal=Goal(ratio=0.05), expected_seconds=60)
+    chosen = {**common, "measure": "killed"}
+    yield Case(name="two-ranks-killed", kind="parallel", settings=chosen, goal=Goal(seconds=30), expected_seconds=60)
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
-    for group in (kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants)
+    for group in (kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants, parallel)
     for case in group()
 }
 
