@@ -60,7 +60,7 @@ def _quantized(bits: int) -> Mapping[object, object]:
 
 
 NETWORK = (
-    Rule("network.type", "lora.kind", choice({"lora": "lora"}, "only plain LoRA is here")),
+    Rule("network.type", "lora.kind", choice({"lora": "lora"}, "only plain LoRA is carried over; see lora.kind")),
     Rule("network.linear", "lora.rank"),
     Rule("network.linear_alpha", "lora.alpha"),
     Rule("network.dropout", "lora.dropout"),

@@ -3,11 +3,20 @@
 blocks.py       the two kinds of block as pure functions
 base.py         weights as a checkpoint has them
 transformer.py  weights, and the forward pass
-lora.py         adapters
+kinds.py        what may be attached to a linear, and plain LoRA
+dora.py         DoRA
+lokr.py         LoKr
+cuts.py         arrays in pieces
+lora.py         the adapters of a transformer
 dropout.py      the share of their input that is left out
 adapter_names.py what LoRA files call the linears
 adapter_sizes.py the model that one is for, from its shapes
 adapter_file.py LoRA files of any naming
+adapter_parts.py what the tensors of a module stand for
+updates.py      what a file does to one linear, and plain LoRA
+dora_update.py  DoRA
+lokr_update.py  LoKr
+visits.py       the base's matrices one after another
 init.py         starting from one
 objective.py    noise, sigma, loss
 backprop.py     gradients block by block

@@ -15,7 +15,9 @@ from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import adapter_file, export
 from flux2_relay.stages.train.adapter_formats import FORMATS, Format
-from flux2_relay.stages.train.updates import Factors
+from flux2_relay.stages.train.dora_update import DoraUpdate
+from flux2_relay.stages.train.lokr_update import LokrUpdate
+from flux2_relay.stages.train.updates import Factors, Update
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 AGAIN = "WRITE_DOCS=1 .venv/bin/python -m pytest tests/unit/test_adapter_table.py"
@@ -97,6 +99,36 @@ def of_format(form: Format) -> str:
     )
 
 
+KINDS: dict[str, Update] = {
+    "LoRA": Factors(mx.ones((1, 8)), mx.ones((8, 1)), SCALE),
+    "DoRA": DoraUpdate(Factors(mx.ones((1, 8)), mx.ones((8, 1)), SCALE), mx.ones(8), over_base=True),
+    "LoKr": LokrUpdate(mx.ones((2, 2)), (mx.ones((4, 1)), mx.ones((1, 4))), SCALE),
+}
+BESIDE = {"LoRA": (), "DoRA": ("to_k", "to_v"), "LoKr": ()}  # a DoRA takes all parts of a matrix
+
+
+def of_kinds(folder: Path) -> str:
+    """The tensors of a module's update in each format, or that it is refused."""
+    rows = [row(kind, *(written(kind, form, folder) for form in FORMATS.values())) for kind in KINDS]
+    return table(["kind", *(f"`--format {name}`" for name in FORMATS)], rows)
+
+
+def written(kind: str, form: Format, folder: Path) -> str:
+    block = "transformer_blocks.0.attn."
+    updates = {f"{block}{name}": KINDS[kind] for name in ("to_q", *BESIDE[kind])}
+    try:
+        export.write(folder / "k.safetensors", updates, SPEC, form, {}, mx.float32)
+    except InputError:
+        return "refused"
+    keys = sorted(read_tensors(folder / "k.safetensors")[0], key=lambda key: (key.endswith("alpha"), key))
+    return f"`{keys[0]}`" + "".join(f", `{_last(key)}`" for key in keys[1:])
+
+
+def _last(key: str) -> str:
+    head, _, last = key.rpartition(".")
+    return f"{head.rpartition('.')[2]}.{last}" if last == "weight" else last
+
+
 def becomes(outer: Outer, form: Format, folder: Path) -> str:
     """Refused, or what the readers do with it."""
     a, b = namings.pairs(SPEC)[outer.module]
@@ -114,6 +146,7 @@ def of_outer(folder: Path) -> str:
 
 def test_the_tables_are_up_to_date(tmp_path: Path) -> None:
     made = {"namings": of_namings(tmp_path), "formats": of_formats(), "outer": of_outer(tmp_path)}
+    made["kinds"] = of_kinds(tmp_path)
     page = found = PAGE.read_text("utf-8")
     for name, text in made.items():
         between = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
