@@ -57,7 +57,7 @@ svg .tick.y { text-anchor: end; }
 svg path { fill: none; stroke-linejoin: round; stroke-linecap: round; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--line); }
 path.level { stroke: var(--soft); stroke-dasharray: 4 4; stroke-linecap: butt; }
-path.line { stroke-width: 2; } path.points { stroke-width: 3.4; opacity: .28; }
+path.line { stroke-width: 2; } path.points { stroke-width: 4; opacity: .34; }
 path.few { stroke-width: 6; opacity: .45; } path.dots { stroke-width: 6.5; }
 path.line, path.points, path.dots { stroke: var(--own); }
 svg path.dashed { stroke-dasharray: 7 5; stroke-linecap: butt; } svg path.hair { stroke: var(--soft); opacity: .6; }
