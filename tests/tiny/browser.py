@@ -36,9 +36,8 @@ _PATIENCE = 60  # seconds for one answer: a machine may be busy
 
 def find() -> str | None:
     """A Chromium on this machine; CHROMIUM names another."""
-    named = os.environ.get("CHROMIUM")
-    found = [named] if named else [path for name in NAMES if (path := shutil.which(name))]
-    return next(iter(found), None) or next((place for place in _PLACES if Path(place).exists()), None)
+    names = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else [*NAMES, *_PLACES]
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 @contextmanager
