@@ -7,7 +7,7 @@ They are float32 whatever the base is: a bfloat16 weight of 1.0 does not move un
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import mlx.core as mx
@@ -117,6 +117,8 @@ class _Kind:
     fresh: Callable[[Seat, int, LoraOptions], Adapter]
     size: Callable[[int, int, int, LoraOptions], int]
     measures: bool = False
+    said: Mapping[str, object] = field(default_factory=dict)
+    """What peft's config says of it besides: diffusers then refuses what it would read as a LoRA."""
 
 
 def _lora_size(rows: int, columns: int, rank: int, options: LoraOptions) -> int:
@@ -134,7 +136,7 @@ def _lokr_size(rows: int, columns: int, rank: int, options: LoraOptions) -> int:
 
 _KINDS: Mapping[str, _Kind] = {
     "lora": _Kind(_fresh_lora, _lora_size),
-    "dora": _Kind(_fresh_dora, _dora_size, measures=True),
+    "dora": _Kind(_fresh_dora, _dora_size, measures=True, said={"use_dora": True}),
     "lokr": _Kind(_fresh_lokr, _lokr_size),
 }
 
@@ -210,6 +212,7 @@ def metadata(transformer: Transformer, options: LoraOptions) -> dict[str, str]:
         "r": options.rank,
         "rank_pattern": {path: rank for path, rank in ranks.items() if rank != options.rank},
         "target_modules": list(ranks),
+        **_KINDS[options.kind].said,
     }
     return {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
 

@@ -170,7 +170,9 @@ def test_names_of_peft_are_read(model: Transformer, tmp_path: Path) -> None:
     for kind in ("dora", "lokr"):
         updates = trained(model, KINDS[kind])
         values = {f"base_model.model.{name}": value for name, value in lora.parameters(model).items()}
-        mx.save_safetensors(str(tmp_path / "a.safetensors"), values, lora.metadata(model, KINDS[kind]))
+        metadata = lora.metadata(model, KINDS[kind])
+        assert ('"transformer.use_dora": true' in metadata["lora_adapter_metadata"]) == (kind == "dora")
+        mx.save_safetensors(str(tmp_path / "a.safetensors"), values, metadata)
         assert adapter_proof.largest(updates, adapter_file.read(tmp_path / "a.safetensors", model.spec)).error < 1e-6
 
 

@@ -179,3 +179,17 @@ def test_the_size_is_what_is_attached(dev: Path, of: Callable, kind: str) -> Non
     lora.attach(model, options, seed=0)
     assert lora.size(model.spec, options) == sum(value.size for value in lora.parameters(model).values())
     assert set(model.adapters) <= set(block_linears(model.spec))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_gradients_are_near_and_float32(dev: Path, of: Callable, kind: str) -> None:
+    exact, rough = of(dev), load_transformer(dev, of(dev).spec, 16)
+    for model in (exact, rough):
+        attach(model, KINDS[kind])
+    case = case_for(exact)
+    expected_loss, expected = ours.gradients(exact, case)
+    loss, gradients = loss_and_gradients(rough, ours.batch(case), *ours.tensors(case, "sigma", "noise", "guidance"))
+    assert float(loss) == pytest.approx(expected_loss, rel=0.03)
+    assert {value.dtype for value in gradients.values()} == {mx.float32}
+    for name, value in ours.numpy(gradients).items():
+        assert np.linalg.norm(value - expected[name]) < 0.2 * np.linalg.norm(expected[name]), name
