@@ -36,4 +36,6 @@ page*.py       the frame of both, their looks and their one script
 live.py        the page while training goes on
 closing.py     the last line of a stage
 signals.py     Ctrl-C and SIGTERM
+launch.py      a training on several hosts: its ranks, and how they ended
+rank.py        one of them
 """

@@ -15,6 +15,7 @@ entries.py          every entry that a data set needs, with its key
 notes.py            what is worth a sentence before encoding
 survey.py           what becomes of the pictures: buckets, crops, small ones
 forecast.py         what the stage would do, for the plan
+sharing.py          how several processes divide the work
 stage.py            the stage: what is missing, encoded, one model at a time
 options.py          what it may be told
 """

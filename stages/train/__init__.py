@@ -30,6 +30,8 @@ ema.py          a running mean of the adapter
 randomness.py   draws as functions of (seed, step, item)
 contexts.py     stored entries to arrays
 batches.py      which items make up which step, read ahead
+ranks.py        several processes that train one adapter
+agreement.py    what they must have in common
 loop.py         the stage: step by step
 pace.py         how long a step takes, on noise
 job.py          what it is given, and whom it tells
