@@ -4,7 +4,9 @@ cli.py         the command line
 commands.py    what each command does: the config taken apart and handed to one stage
 cache_*.py     `relay cache`: its command line, what it does, why an entry is stale, one entry whole for others
 models.py      `relay models`: what is known, what is found where
-plan*.py       `relay plan`: what both stages would do and take, and how it is told
+plan*.py       `relay plan`: what both stages would do and take, for one run or several, and how it is told
+sweep.py       the configs of several runs from one
+together.py    those runs trained at once, each with its folder
 lacking.py     which entries a store lacks for a config, and why
 start_cli.py   the command line of somebody who begins: init, import, bench
 init*.py       `relay init`: a config for a data set on this machine, and why it is what it is

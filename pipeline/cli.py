@@ -23,6 +23,26 @@ def config_options(command: Command) -> Command:
     )(command)
 
 
+def run_options(command: Command) -> Command:
+    """`-c`, `--set` and `--sweep` of a command on runs; it gets `config_files`, `settings` and `sweeps`."""
+    command = click.option(
+        *("--sweep", "sweeps"),
+        multiple=True,
+        metavar="KEY.PATH=VALUE,VALUE",
+        help="A run for each of these values; of several, for each combination.",
+    )(command)
+    command = click.option(
+        "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of the config."
+    )(command)
+    return click.option(
+        *("-c", "--config", "config_files"),
+        multiple=True,
+        required=True,
+        type=click.Path(path_type=Path),
+        help="The config file (YAML); each of several is a run, or a sweep of its own.",
+    )(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flux2-relay")
 def cli() -> None:
@@ -33,46 +53,58 @@ def cli() -> None:
 
 
 @cli.command()
-@config_options
+@run_options
 @click.option("--shard", default="1/1", metavar="I/N", help="Of the entries only share I of N, for batch systems.")
-def encode(config_file: Path, settings: tuple[str, ...], shard: str) -> None:
+def encode(config_files: tuple[Path, ...], settings: tuple[str, ...], sweeps: tuple[str, ...], shard: str) -> None:
     """Stage one: captions and pictures into the store; what is there is not encoded again.
 
     Any number of these may fill one store at once, on any machines.
     """
-    from flux2_relay.pipeline import commands, config
+    from flux2_relay.pipeline import sweep, together
 
-    commands.encode(config.load_config(config_file, settings), shard)
+    together.encode(sweep.expand(config_files, settings, sweeps), shard)
 
 
 @cli.command()
-@config_options
+@run_options
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many steps of this call.")
 @click.option(
     "--resume", type=click.Choice(["auto", "never"]), default="auto", help="Go on from the newest checkpoint."
 )
 @launch.on_hosts
-def train(config_file: Path, settings: tuple[str, ...], max_steps: int | None, resume: str) -> None:
-    """Stage two: train a LoRA from the store.
+def train(
+    config_files: tuple[Path, ...],
+    settings: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    max_steps: int | None,
+    resume: str,
+) -> None:
+    """Stage two: train a LoRA from the store, or those of a sweep together over one base.
 
     While it runs, a file named .save in the run folder asks for a checkpoint, .stop for one and the end.
     """
-    from flux2_relay.pipeline import commands, config
+    from flux2_relay.pipeline import sweep, together
 
-    loaded = config.load_config(config_file, settings)
+    configs = sweep.expand(config_files, settings, sweeps)
     with rank.taking_part() as group, signals.finish_the_step() as stop:
-        commands.train(loaded, max_steps, resume == "auto", stop, group)
+        together.train(configs, max_steps, resume == "auto", stop, group)
 
 
 @cli.command()
-@config_options
+@run_options
 @click.option("--hash", "hash_weights", is_flag=True, help="Hash the text encoder's weights if they are not known yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(config_file: Path, settings: tuple[str, ...], hash_weights: bool, as_json: bool) -> None:
+def plan(
+    config_files: tuple[Path, ...],
+    settings: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    hash_weights: bool,
+    as_json: bool,
+) -> None:
     """What encode and train would do and take; loads no weights and makes nothing."""
-    from flux2_relay.pipeline import config, plan
+    from flux2_relay.pipeline import plan_together, sweep
 
-    plan.show(config.load_config(config_file, settings), hash_weights, as_json)
+    plan_together.show(sweep.expand(config_files, settings, sweeps), hash_weights, as_json)
 
 
 @cli.command()

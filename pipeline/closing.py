@@ -25,6 +25,8 @@ class Stage:
 
     planned_bytes: int | None = None
     """The peak that was planned, where the turns of its models do not say it."""
+    others: tuple[RunFolder, ...] = ()
+    """Runs beside it."""
     _started: float = field(default_factory=time.perf_counter)
     _before: int = field(default_factory=lambda: len(one_model.turns))
 
@@ -32,7 +34,8 @@ class Stage:
         """Say it: `done` is what was done, `then` the next command."""
         said = f"{done} in {duration(time.perf_counter() - self._started)}"
         turns = one_model.turns[self._before :]
-        self.run.write_phases(asdict(turn) for turn in turns)
+        for run in (self.run, *self.others):
+            run.write_phases(asdict(turn) for turn in turns)
         if turns:
             largest = max(turns, key=lambda turn: turn.peak_bytes)
             planned = self.planned_bytes or largest.predicted_bytes
@@ -53,8 +56,8 @@ def same_config(command: str) -> str:
     context = click.get_current_context(silent=True)
     given = context.params if context is not None else {}
     words = ["relay", command]
-    if given.get("config_file") is not None:
-        words += ["-c", str(given["config_file"])]
-    for setting in given.get("settings", ()):
-        words += ["--set", setting]
+    files = given.get("config_files") or [file for file in (given.get("config_file"),) if file is not None]
+    for option, values in (("-c", files), ("--set", given.get("settings", ())), ("--sweep", given.get("sweeps", ()))):
+        for value in values:
+            words += [option, str(value)]
     return shlex.join(words)

@@ -167,17 +167,24 @@ def _assist(job: "TrainJob", given: Ready) -> None:
     loop.run(replace(job, previews=replace(job.previews, every=0)), given.places, given.spec, rank.Silent())
 
 
-def _train(config: Config, given: Ready, job: "TrainJob") -> None:
-    from flux2_relay.stages.train import loop
+def set_up(config: Config, given: Ready, job: "TrainJob", label: str = "") -> RunFolder:
+    """The run's folder, if it can be gone on with under this config, and what has changed said."""
     from flux2_relay.stages.train import resume as resuming
-    from flux2_relay.stages.train.transformer import stock_of
 
     data = resuming.digest_of_data(given.record.body)
     changes = resuming.check(config.run.folder, flat(config), data, job.group.size) if job.resume else []
-    run = run_folder.create(config)
+    run = run_folder.create(config, label)
     for sentence in changes:
         run.say(sentence)
-    if job.group.any(_is_finished(run, config.train.steps)):
+    return run
+
+
+def _train(config: Config, given: Ready, job: "TrainJob") -> None:
+    from flux2_relay.stages.train import loop
+    from flux2_relay.stages.train.transformer import stock_of
+
+    run = set_up(config, given, job)
+    if job.group.any(is_finished(run, config.train.steps)):
         say(f"{run.path} is finished: {config.train.steps} steps are done; the adapter is {run.adapter}")
         say(f"next: {_after_training(run, is_finished=True)}")
         return
@@ -276,7 +283,8 @@ def _check_encoder(places: "ModelFolders", encoded_with: str) -> None:
         )
 
 
-def _is_finished(run: RunFolder, steps: int) -> bool:
+def is_finished(run: RunFolder, steps: int) -> bool:
+    """Whether a run has been trained to its last step."""
     from flux2_relay.stages.train import checkpoint
 
     saved = checkpoint.saved(run.path / "checkpoints")

@@ -4,7 +4,7 @@ The schema is here and in the option records that `Config` names; the starting p
 Relative paths in a config are relative to the working folder, not to the file; `~` is expanded at use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -87,6 +87,10 @@ class CacheOptions:
     """Compression of the chunks."""
 
 
+Varied = str | None | tuple[str, ...]
+"""One value of a swept key, as text."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """One config file, a field for each section."""
@@ -103,6 +107,16 @@ class Config:
     save: SaveOptions = field(default_factory=SaveOptions)
     previews: PreviewOptions = field(default_factory=PreviewOptions)
     log: LogOptions = field(default_factory=LogOptions)
+
+    sweep: Mapping[str, tuple[Varied, ...]] = field(default_factory=dict)
+    """Keys with the values that they take in turn, as in `lora.rank: [8, 16]`: `relay train` trains a run for every
+    combination, all together over one base."""
+
+    def __post_init__(self) -> None:
+        """Refuse a sweep of nothing, or of sweeps."""
+        for key, values in self.sweep.items():
+            if not values or key.partition(".")[0] == "sweep":
+                raise ValueError(f"'sweep.{key}' must name a key of another section and the values that it takes")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

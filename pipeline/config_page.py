@@ -34,6 +34,9 @@ def page() -> str:
 
 
 def _section(name: str, kind: Any) -> str:  # noqa: ANN401 - an annotation
+    if name == "sweep":
+        lines = (line.strip() for line in sentences(Config)[name].splitlines())
+        return "## sweep\n\n" + "".join(f"{line}\n" for line in lines)
     is_list = get_origin(kind) is tuple
     record = cast(type, get_args(kind)[0] if is_list else kind)
     lead = [f"## {name}", "", (record.__doc__ or "").splitlines()[0], ""]

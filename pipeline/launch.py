@@ -38,9 +38,11 @@ def on_hosts(command: Callable[..., None]) -> Callable[..., None]:
                 raise click.UsageError("--port says where the ranks of --hosts listen; name those, too.")
             command(**options)
             return
-        from flux2_relay.pipeline import config
+        from flux2_relay.pipeline import sweep
 
-        config.load_config(options["config_file"], options["settings"])  # pyright: ignore[reportArgumentType]
+        given = options["config_files"], options["settings"], options["sweeps"]
+        if len(sweep.expand(*given)) > 1:  # pyright: ignore[reportArgumentType]
+            raise InputError("--hosts trains one run; of a sweep, give each run its own command")
         run(hosts, without_own(sys.argv[1:]), port)
 
     return wrapped

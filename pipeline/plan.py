@@ -6,7 +6,7 @@ Weights that are large and were never hashed on this machine have an "unknown id
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from flux2_relay.pipeline import commands, lacking
 from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.config import Config
 from flux2_relay.pipeline.lacking import Entries
-from flux2_relay.pipeline.plan_text import Data, Disk, Encoding, Plan, Training, write
+from flux2_relay.pipeline.plan_text import Data, Disk, Encoding, Plan, Together, Training, write
 from flux2_relay.pipeline.request import find_set, set_request
 from flux2_relay.stages import figures, folders, identity, memory, spec
 from flux2_relay.stages.encode import forecast
@@ -29,7 +29,7 @@ from flux2_relay.stages.encode.forecast import Forecast
 from flux2_relay.stages.encode.stage import Job
 from flux2_relay.stages.train import checkpoint, lora, warnings
 from flux2_relay.stages.train.batches import Item, items
-from flux2_relay.stages.train.layout import LayoutOptions, layout_for, pace_of
+from flux2_relay.stages.train.layout import LayoutOptions, Load, choose, load_for, pace_of
 from flux2_relay.stages.train.optimizer import advice
 from flux2_relay.stages.train.transformer import stock_of
 from flux2_relay.stages.weights import Tensors
@@ -40,9 +40,22 @@ if TYPE_CHECKING:
 _KEPT_FREE = 1 << 30  # bytes of a disk that nobody should count on
 
 
-def show(config: Config, hash_weights: bool, as_json: bool) -> None:
-    """Find out and tell; InputError, after all that can be told, for what stands in the way."""
-    plan = make(config, hash_weights)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What was found of data, model and store."""
+
+    places: "ModelFolders"
+    store: Store
+    exists: bool
+    record: SetRecord | None
+    known: Forecast | None
+    encoding: Encoding | None
+    to_store: int  # bytes
+    faults: tuple[str, ...]
+
+
+def tell(plan: Plan, as_json: bool) -> None:
+    """Print it; InputError, after all that can be told, for what stands in the way."""
     if as_json:
         print_json(as_object(plan))
     else:
@@ -57,6 +70,9 @@ def as_object(plan: Plan) -> dict[str, object]:
     if plan.training is not None:
         layout = plan.training.layout
         told["training"]["layout"] |= {"peak_bytes": layout.peak_bytes, "in_words": layout.in_words()}
+    if plan.together is not None:
+        layout = plan.together.layout
+        told["together"]["layout"] |= {"peak_bytes": layout.peak_bytes, "in_words": layout.in_words()}
     if plan.encoding is not None:
         for kind, entries in plan.encoding.entries.items():
             told["encoding"]["entries"][kind]["missing"] = len(entries.missing)
@@ -65,6 +81,35 @@ def as_object(plan: Plan) -> dict[str, object]:
 
 def make(config: Config, hash_weights: bool) -> Plan:
     """Find everything out."""
+    seen = look(config, hash_weights)
+    faults = list(seen.faults)
+    training = _training(config, seen, faults)
+    return whole(config, seen, training, [(config, training.disk_bytes if training else 0)], faults)
+
+
+def whole(
+    config: Config,
+    seen: Seen,
+    training: Training | Together | None,
+    to_runs: Sequence[tuple[Config, int]],
+    faults: Sequence[str],
+) -> Plan:
+    """The plan of what was seen and of a training, which writes so many bytes to each run."""
+    return Plan(
+        model=f"{spec.name_of(seen.places) or 'a model that is not in the catalogue'}, {seen.places.root}",
+        store=seen.store.name,
+        store_exists=seen.exists,
+        budget_bytes=memory.budget_bytes(config.memory.budget),
+        encoding=seen.encoding,
+        training=training if isinstance(training, Training) else None,
+        together=training if isinstance(training, Together) else None,
+        disks=_disks(config, seen.to_store, to_runs),
+        faults=tuple(faults),
+    )
+
+
+def look(config: Config, hash_weights: bool) -> Seen:
+    """Find out what there is of data, model and store, and what stage one would do with them."""
     model = config.model
     places = folders.find(model.path, model.text_encoder, model.tokenizer, model.vae)
     store, exists = _peek(config.cache.path)
@@ -77,15 +122,14 @@ def make(config: Config, hash_weights: bool) -> Plan:
         encoding = _encoding(job, known, store if exists else None, config, faults)
         missing = {kind: entries.missing for kind, entries in encoding.entries.items()}
         to_store = forecast.stored_bytes(job, known, missing, config.cache.codec)
-    training = _training(config, places, known, record, faults)
-    return Plan(
-        model=f"{spec.name_of(places) or 'a model that is not in the catalogue'}, {places.root}",
-        store=store.name,
-        store_exists=exists,
-        budget_bytes=memory.budget_bytes(config.memory.budget),
+    return Seen(
+        places=places,
+        store=store,
+        exists=exists,
+        record=record,
+        known=known,
         encoding=encoding,
-        training=training,
-        disks=_disks(config, to_store, training.disk_bytes if training else 0),
+        to_store=to_store,
         faults=tuple(faults),
     )
 
@@ -164,47 +208,72 @@ def _compare(job: Job, known: Forecast, store: Store | None, request: Mapping[st
     }
 
 
-def _training(
-    config: Config, places: "ModelFolders", known: Forecast | None, record: SetRecord | None, faults: list[str]
-) -> Training | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainable:
+    """What a training would begin with."""
+
+    spec: "spec.TransformerSpec"
+    items: Sequence[Item]
+    load: Load
+    adapter: int  # weights
+    done: int  # steps
+
+    def disk_bytes(self, config: Config) -> int:
+        """What the steps to come write at most."""
+        return warnings.run_bytes(self.adapter, config.train, config.save, max(0, config.train.steps - self.done))
+
+
+def trainable(config: Config, seen: Seen, faults: list[str]) -> Trainable | None:
+    """None where there is nothing to train on yet, or no transformer, which is a fault."""
+    places = seen.places
     if not folders.is_there("transformer", places.transformer):
         faults.append(f"train: {places.transformer} holds no transformer")
         return None
     transformer = spec.read_transformer_spec(places.transformer)
-    found, rows = _items(config, known, record)
+    found, rows = _items(config, seen.known, seen.record)
     if not found:
         return None
     adapter = lora.size(transformer, config.lora)
     options = LayoutOptions(
         train=config.train, memory=config.memory, dropout=config.lora.dropout, kind=config.lora.kind
     )
-    try:
-        layout = layout_for(transformer, found, rows, adapter, options, stock_of(places.transformer, transformer))
-    except InputError as error:
-        faults.append(f"train: {error}")
-        return None
     saved = checkpoint.saved(config.run.folder / "checkpoints")
-    done = int(saved[-1].name) if saved else 0
-    pace = figures.recall("steps", pace_of(transformer, layout, config.train))
-    left = max(0, config.train.steps - done)
-    return Training(
-        steps=config.train.steps,
-        done=done,
-        pictures=len({item.id for item in found}),
-        layout=layout,
-        seconds=left / pace.per_second if pace else None,
-        disk_bytes=warnings.run_bytes(adapter, config.train, config.save, left),
-        warnings=tuple(_warnings(config, places, transformer, found)),
+    return Trainable(
+        spec=transformer,
+        items=found,
+        load=load_for(found, rows, adapter, options, stock_of(places.transformer, transformer)),
+        adapter=adapter,
+        done=int(saved[-1].name) if saved else 0,
     )
 
 
-def _warnings(
-    config: Config, places: "ModelFolders", transformer: "spec.TransformerSpec", found: Sequence[Item]
-) -> Iterator[str]:
-    yield from warnings.of_model(transformer, spec.is_distilled(places.root, config.model.name))
+def _training(config: Config, seen: Seen, faults: list[str]) -> Training | None:
+    of = trainable(config, seen, faults)
+    if of is None:
+        return None
+    try:
+        layout = choose(of.spec, of.load, config.memory, memory.budget_bytes(config.memory.budget))
+    except InputError as error:
+        faults.append(f"train: {error}")
+        return None
+    pace = figures.recall("steps", pace_of(of.spec, layout, config.train))
+    return Training(
+        steps=config.train.steps,
+        done=of.done,
+        pictures=len({item.id for item in of.items}),
+        layout=layout,
+        seconds=max(0, config.train.steps - of.done) / pace.per_second if pace else None,
+        disk_bytes=of.disk_bytes(config),
+        warnings=tuple(warned(config, seen.places, of)),
+    )
+
+
+def warned(config: Config, places: "ModelFolders", of: Trainable) -> Iterator[str]:
+    """What a night may be lost on."""
+    yield from warnings.of_model(of.spec, spec.is_distilled(places.root, config.model.name))
     yield from filter(None, [advice(config.train)])
     yield from warnings.of_options(config.train, config.lora)
-    yield from warnings.of_data(found, config.train)
+    yield from warnings.of_data(of.items, config.train)
 
 
 def _items(config: Config, known: Forecast | None, record: SetRecord | None) -> tuple[list[Item], int]:
@@ -218,12 +287,12 @@ def _items(config: Config, known: Forecast | None, record: SetRecord | None) -> 
     return list(items(record.body)), rows
 
 
-def _disks(config: Config, to_store: int, to_run: int) -> tuple[Disk, ...]:
+def _disks(config: Config, to_store: int, to_runs: Sequence[tuple[Config, int]]) -> tuple[Disk, ...]:
     """What goes where; places on one disk are taken together."""
     found: dict[int, Disk] = {}
     is_local = "://" not in config.cache.path
     wanted = [(config.cache.path, to_store)] if is_local else []
-    for path, needed in [*wanted, (str(config.run.folder), to_run)]:
+    for path, needed in [*wanted, *((str(of.run.folder), needed) for of, needed in to_runs)]:
         place = _existing(Path(path).expanduser())
         device, free = os.stat(place).st_dev, max(0, shutil.disk_usage(place).free - _KEPT_FREE)
         before = found.get(device, Disk(places=(), needed_bytes=0, free_bytes=free))

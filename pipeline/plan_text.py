@@ -57,6 +57,32 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One of several runs over one base."""
+
+    folder: str
+    steps: int
+    done: int
+    pictures: int
+    own_bytes: int
+    """Memory that it takes beside the others."""
+    missing: int
+    """Entries of its data that are not in the store."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """What stage two would do with several runs at once."""
+
+    runs: tuple[Member, ...]
+    layout: Layout
+    room: int
+    """More runs like the largest that would fit with the same layout, less what it keeps."""
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
     """One disk: what will be written to it, and what is free beyond a reserve."""
 
@@ -76,6 +102,8 @@ class Plan:
     encoding: Encoding | None
     """None where the model's encoders or the data are not on this machine, which training does not need."""
     training: Training | None
+    together: Together | None = None
+    """Instead of `training`, where there are several runs."""
     disks: tuple[Disk, ...]
     faults: tuple[str, ...]
     """What stands in the way."""
@@ -93,6 +121,9 @@ def write(plan: Plan) -> None:
         entry("encode", "cannot run on this machine, which lacks pictures or encoders; training needs neither")
     if plan.training is not None:
         entry("train", *_train(plan.training))
+    if plan.together is not None:
+        entry("runs", *map(_member, plan.together.runs))
+        entry("train", *_together(plan.together))
     entry("memory", f"{in_bytes(plan.budget_bytes)} is the budget of each stage")
     entry("disk", *map(_disk, plan.disks))
     entry("next", _next(plan))
@@ -163,6 +194,24 @@ def _train(training: Training) -> Iterator[str]:
         yield f"warning: {sentence}"
 
 
+def _member(run: Member) -> str:
+    done = f", {run.done} are done" if run.done else ""
+    missing = f"; {run.missing} entries are missing" if run.missing else ""
+    return (
+        f"{run.folder}: {run.steps} steps{done}, on {_count(run.pictures, 'picture')}; {in_bytes(run.own_bytes)} of "
+        f"memory for itself{missing}"
+    )
+
+
+def _together(together: Together) -> Iterator[str]:
+    left = max(run.steps - run.done for run in together.runs)
+    yield f"{len(together.runs)} runs together, {left} steps to the end of the longest; {_time(together.seconds)}"
+    yield together.layout.in_words()
+    yield f"{_count(together.room, 'more run')} like the largest would fit"
+    for run in together.runs:
+        yield from (f"warning: {run.folder}: {sentence}" for sentence in run.warnings)
+
+
 def _disk(disk: Disk) -> str:
     verdict = "" if disk.needed_bytes <= disk.free_bytes else ": NOT ENOUGH"
     return (
@@ -177,7 +226,10 @@ def _next(plan: Plan) -> str:
         return "see below"
     if encoding is not None and any(entries.missing or entries.unknown for entries in encoding.entries.values()):
         return "relay encode"
-    if plan.training is not None and plan.training.done >= plan.training.steps:
+    of_runs = plan.together.runs if plan.together is not None else (plan.training,) if plan.training is not None else ()
+    if any(isinstance(run, Member) and run.missing for run in of_runs):
+        return "relay encode"
+    if of_runs and all(run.done >= run.steps for run in of_runs):
         return "nothing is left to do"
     return "relay train"
 

@@ -28,6 +28,8 @@ class RunFolder:
     """One run's folder; also the journal that stage two writes to."""
 
     path: Path
+    label: str = ""
+    """In front of what is printed, where runs share a terminal."""
 
     @property
     def metrics(self) -> Path:
@@ -87,7 +89,11 @@ class RunFolder:
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in the run's log."""
-        say(sentence)
+        say(self.label + sentence)
+        self.note(sentence)
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence in the run's log."""
         with suppress(OSError):  # a full disk is no reason to stop; what matters of it is said elsewhere
             _append(self.path / "log.txt", sentence)
 
@@ -116,9 +122,9 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def create(config: Config) -> RunFolder:
+def create(config: Config, label: str = "") -> RunFolder:
     """The folder of the run that `config` names, with the resolved config in it."""
-    folder = RunFolder(config.run.folder)
+    folder = RunFolder(config.run.folder, label)
     folder.path.mkdir(parents=True, exist_ok=True)
     aside = folder.path / "config.part"
     aside.write_text(dump_config(config), "utf-8")

@@ -24,6 +24,7 @@ from flux2_relay.stages.train import base, layout, loop, turns
 from flux2_relay.stages.train.batches import Loaded, Steps, load_ahead
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.layout import Layout
+from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.shared_base import shared
 from flux2_relay.stages.train.step import Found, gradients_in_turns
 from flux2_relay.stages.train.transformer import Transformer, stock_of
@@ -67,9 +68,9 @@ def layout_of(jobs: Sequence[Job], spec: TransformerSpec, stored: base.Stock | N
     return layout.choose(spec, loads, options, memory.budget_bytes(options.budget))
 
 
-def pace_of(spec: TransformerSpec, planned: Layout, jobs: Sequence[Job]) -> dict[str, object]:
+def pace_of(spec: TransformerSpec, planned: Layout, trains: Sequence[TrainOptions]) -> dict[str, object]:
     """What seconds a step of all runs together depend on, for `figures`."""
-    each = [layout.pace_of(spec, planned, job.train) for job in jobs]
+    each = [layout.pace_of(spec, planned, train) for train in trains]
     return {**each[0], "together": [[of["batch"], of["accumulate"]] for of in each]}
 
 
@@ -84,7 +85,7 @@ def _load_and_train(
         ended = train(entries, transformer, pace)
     finally:
         transformer.residence.close()
-    loop.note_pace(pace_of(spec, planned, [entry.job for entry in entries]), pace)
+    loop.note_pace(pace_of(spec, planned, [entry.job.train for entry in entries]), pace)
     say(f"memory: predicted peak {in_words(planned.peak_bytes)}, measured {in_words(peak_bytes())}")
     return ended
 

@@ -1,10 +1,12 @@
-"""Reading beside training: `python tests/bench/bench_training.py [--only streamed|waiting] [--small]`.
+"""Reading beside training: `python tests/bench/bench_training.py [--only streamed|waiting|sweep] [--small]`.
 
 Random weights of width 1024 (2 + 6 blocks, float32, rank 16, 256 image and 128 text tokens) on the CPU, through the
 loop that `relay train` runs; each measurement in a process of its own. `streamed`: the base read from disk block by
 block at every step, with the page cache emptied of it before each pass where the system allows that, against the same
 reads without a step and the same step with all blocks in memory. `waiting`: the share of a step of batch 4 that it
-waits for data, from a store of 10,000 entries. `--small` only shows that the script works.
+waits for data, from a store of 10,000 entries. `sweep`: four runs together over one base against the same four one
+after another, all blocks resident, 8 bit resident and streamed, and whether their losses are equal. `--small` only
+shows that the script works.
 """
 
 import argparse
@@ -26,7 +28,7 @@ CONFIG = {"num_layers": 2, "num_single_layers": 6, "num_attention_heads": 8, "at
 CONFIG |= {"axes_dims_rope": [32, 32, 32, 32], "joint_attention_dim": CONTEXT, "guidance_embeds": False}
 SMALL = {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 2}
 ALLOWED = 300e6  # bytes of the process beside blocks, adapters and activations
-STEPS, WARM_UP = 6, 2
+STEPS, WARM_UP, RUNS = 6, 2, 4
 
 
 @dataclass(slots=True)
@@ -89,15 +91,15 @@ def make_store(path: Path, entries: int) -> dict[str, Any]:
     return {"shared": {"empty": texts[0], "prefix": None, "pad": None}, "samples": samples, "prompts": []}
 
 
-def job_of(folder: Path, batch: int, stream: str, steps: int) -> Any:
-    """What `relay train` would be asked to do."""
+def job_of(folder: Path, batch: int, stream: str, steps: int, **changes: Any) -> Any:
+    """What `relay train` would be asked to do, with changes to the job."""
     from flux2_relay import cache
     from flux2_relay.cache.sets import SetRecord
     from flux2_relay.stages.train import options
     from flux2_relay.stages.train.job import Job
 
     body = json.loads((folder / "set.json").read_text())
-    return Job(
+    job = Job(
         store=cache.open(folder / "store.zarr"),
         record=SetRecord(key="0" * 64, body=body, made={}),
         folder=Path(tempfile.mkdtemp(dir=folder)),
@@ -115,6 +117,7 @@ def job_of(folder: Path, batch: int, stream: str, steps: int) -> Any:
         max_steps=None,
         stop=lambda: False,
     )
+    return replace(job, **changes)
 
 
 def load(folder: Path, job: Any, journal: Lines) -> tuple[Any, Any]:
@@ -183,15 +186,46 @@ def read(folder: Path) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[WARM_UP:])}
 
 
-MEASURED: dict[str, Callable[[Path], dict[str, float]]] = {
+def sweep(folder: Path, stream: str, bits: int) -> dict[str, Any]:
+    """Four runs together, and the same four one after another: seconds of all their steps, losses of all."""
+    from flux2_relay.stages.train import loop, many, options
+
+    memory = options.MemoryOptions(bits=bits, stream=stream, budget=10**12)  # pyright: ignore[reportArgumentType]
+
+    def entries() -> list[Any]:
+        jobs = [
+            job_of(folder, 1, stream, STEPS, seed=seed, memory=memory, lora=options.LoraOptions(rank=4 * (seed + 1)))
+            for seed in range(RUNS)
+        ]
+        return [many.Entry(name=str(job.seed), job=job, journal=Lines()) for job in jobs]
+
+    together, apart = entries(), entries()
+    model, _ = load(folder, together[0].job, Lines())
+    pace: list[float] = []
+    many.train(together, model, pace)
+    model.residence.close()
+    alone = 0.0
+    for one in apart:
+        model, _ = load(folder, one.job, Lines())
+        loop.train(one.job, model, one.journal)
+        model.residence.close()
+        alone += statistics.median(line["seconds"] + line["wait_seconds"] for line in one.journal.steps[WARM_UP:])
+    losses = [[[line["loss"] for line in one.journal.steps] for one in of] for of in (together, apart)]
+    return {"together": statistics.median(pace[WARM_UP:]), "alone": alone, "equal": losses[0] == losses[1]}
+
+
+MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "read": read,
     "resident": lambda folder: train(folder, "never", 1, STEPS),
     "streamed": lambda folder: train(folder, "always", 1, STEPS),
     "waiting": lambda folder: train(folder, "never", 4, 2 * STEPS),
+    "sweep": lambda folder: sweep(folder, "never", 32),
+    "sweep 8 bit": lambda folder: sweep(folder, "never", 8),
+    "sweep streamed": lambda folder: sweep(folder, "always", 32),
 }
 
 
-def in_a_process(what: str, folder: Path) -> dict[str, float]:
+def in_a_process(what: str, folder: Path) -> dict[str, Any]:
     """One measurement."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-W", "ignore", __file__, "--child", what, str(folder)]
@@ -229,12 +263,25 @@ def waiting(folder: Path, entries: int) -> None:
     )
 
 
+def sweeps(folder: Path, runs: int) -> None:
+    """Four runs together against one after another; medians."""
+    for what in ("sweep", "sweep 8 bit", "sweep streamed"):
+        found = [in_a_process(what, folder) for _ in range(runs)]
+        together, alone = (statistics.median(one[name] for one in found) for name in ("together", "alone"))
+        equal = "equal" if all(one["equal"] for one in found) else "NOT EQUAL"
+        print(
+            f"{what}: a step of {RUNS} runs {together:.3g} s together, {alone:.3g} s one after another: "
+            f"{alone / together:.2f} x (at least 0.95); losses {equal}",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Make model and stores, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", choices=["streamed", "waiting"])
+    parser.add_argument("--only", choices=["streamed", "waiting", "sweep"])
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     import flux2_relay.stages  # noqa: F401 - loads a BLAS before MLX
@@ -244,7 +291,8 @@ def main() -> None:
         print(json.dumps(MEASURED[what](Path(folder))))
         return
     print(f"{THREADS} threads, load {os.getloadavg()[0]:.1f}, {arguments.runs} runs each in turn, medians")
-    entries = {"streamed": 40, "waiting": 200 if arguments.small else 10_000}
+    entries = {"streamed": 40, "waiting": 200 if arguments.small else 10_000, "sweep": 40}
+    cases = {"streamed": streamed, "waiting": lambda folder, _: waiting(folder, entries["waiting"]), "sweep": sweeps}
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch) / "model", {**CONFIG, **(SMALL if arguments.small else {})})
         for what in [arguments.only] if arguments.only else entries:
@@ -252,7 +300,7 @@ def main() -> None:
             folder.mkdir()
             (folder / "model").symlink_to(Path(scratch) / "model")
             (folder / "set.json").write_text(json.dumps(make_store(folder / "store.zarr", entries[what])))
-            streamed(folder, arguments.runs) if what == "streamed" else waiting(folder, entries[what])
+            cases[what](folder, arguments.runs)
 
 
 if __name__ == "__main__":
