@@ -7,7 +7,7 @@ shift factor.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from flux2_relay.stages import folders, memory, names
 from flux2_relay.stages.spec import VaeSpec, read_vae_spec
 from flux2_relay.stages.vae_blocks import (
     GROUP_NORM_EPS,
+    Layer,
     Shapes,
     decoder_layers,
     encoder_layers,
@@ -99,8 +100,20 @@ def encoder_peak(spec: VaeSpec, size: tuple[int, int], budget_bytes: int) -> tup
 
     InputError says the least budget that works.
     """
-    layers, shape = encoder_layers(spec), (1, size[1], size[0], spec.in_channels)
-    weights = 4 * sum(map(math.prod, encoder_tensor_names(spec).values()))
+    shape = (1, size[1], size[0], spec.in_channels)
+    return _peak(encoder_layers(spec), shape, encoder_tensor_names(spec), budget_bytes)
+
+
+def decoder_peak(spec: VaeSpec, size: tuple[int, int], budget_bytes: int) -> tuple[int | None, int]:
+    """The same of decoding latents of (H/16, W/16)."""
+    shape = (1, size[0] * spec.patch[0], size[1] * spec.patch[1], spec.latent_channels)
+    return _peak(decoder_layers(spec), shape, decoder_tensor_names(spec), budget_bytes)
+
+
+def _peak(
+    layers: Sequence[Layer], shape: tuple[int, ...], tensors: Shapes, budget_bytes: int
+) -> tuple[int | None, int]:
+    weights = 4 * sum(map(math.prod, tensors.values()))
     rows = rows_for(layers, shape, budget_bytes - weights, memory.is_gpu())
     above = whole_bytes(layers, shape, memory.is_gpu()) if rows is None else strips_bytes(layers, shape, rows)
     return rows, weights + above

@@ -4,8 +4,10 @@ Only the VAE's decoder half is loaded.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +23,8 @@ from flux2_relay.stages.files import read_tensors
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import read_vae_spec
+
+_UNLIMITED = 1 << 60  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,21 @@ def to_png(
 ) -> None:
     """Decode each file of latents to the PNG beside it, its metadata as text chunks; loads nothing for nothing."""
     if todo:
-        in_turn("VAE decoder", partial(_decode, todo, folders, say, budget_bytes), say)
+        work = partial(_decode, todo, folders, say, budget_bytes)
+        in_turn("VAE decoder", work, say, _predicted([latents for latents, _ in todo], folders, budget_bytes))
+
+
+def _predicted(files: Sequence[Path], folders: ModelFolders, budget_bytes: int | None) -> int | None:
+    """The peak of decoding the largest; files that cannot be read are told when it is their turn."""
+    sizes = []
+    for file in files:
+        with suppress(RuntimeError, OSError, ValueError, KeyError, TypeError):
+            height, width, _ = mx.load(str(file))["latents"].shape  # pyright: ignore[reportCallIssue, reportArgumentType]
+            sizes.append((height, width))
+    if not sizes:
+        return None
+    _, peak = vae.decoder_peak(read_vae_spec(folders.vae), max(sizes, key=prod), budget_bytes or _UNLIMITED)
+    return peak
 
 
 def identity_of(folders: ModelFolders) -> str:

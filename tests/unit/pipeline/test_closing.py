@@ -106,7 +106,7 @@ def test_each_stage_names_the_next_and_that_one_works(own: Project) -> None:
     for done in ("2 of 2 steps done", "decoded 2 previews"):
         command = last(said).partition("next: relay ")[2]
         said = relay(*shlex.split(command)).said
-        assert re.search(rf"^{done} {PEAK}", last(said)), said
+        assert re.search(rf"^{done} {PEAK} \(planned .*\); next: relay ", last(said)), said
     outcome = relay(*shlex.split(last(said).partition("next: relay ")[2]))
     assert outcome.status == 0
     assert "the report is" in outcome.said
