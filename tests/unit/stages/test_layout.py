@@ -1,5 +1,6 @@
 """The plan of training's memory against what MLX counts, and the decisions that follow from a budget."""
 
+import gc
 from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import replace
@@ -85,6 +86,7 @@ def random_model(spec: TransformerSpec, plan: Layout) -> Transformer:
 
 def measured(spec: TransformerSpec, plan: Layout, dropout: float = 0.0, options: LoraOptions = OPTIONS) -> int:
     """Peak of live arrays over two steps, from an empty memory."""
+    gc.collect()  # models of tests before, which would go while this one is measured
     mx.clear_cache()
     before = mx.get_active_memory()
     model = random_model(spec, plan)
@@ -215,6 +217,7 @@ def test_masks_of_dropout_are_planned_for() -> None:
 
 def measured_together(spec: TransformerSpec, plan: Layout, runs: int) -> int:
     """Peak of live arrays over two steps of several trainings over one base, from an empty memory."""
+    gc.collect()  # models of tests before, which would go while this one is measured
     mx.clear_cache()
     before = mx.get_active_memory()
     model = shared(random_model(spec, plan))
