@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from flux2_relay.cache.errors import RelayError
 from flux2_relay.pipeline import signals
 
 if TYPE_CHECKING:
-    from flux2_relay.stages.train.ranks import Group
+    from flux2_relay.stages.train.ranks import Group, Waits
 
 ENDED = re.compile(r"rank (\d+) of (\d+) ended with status (\d+)")
 """Rank, size of its group, and exit status: the last line of every rank that could still speak."""
@@ -48,12 +48,15 @@ def taking_part() -> "Iterator[Group]":
     """The group that this process was started in, for as long as it trains; a process alone says nothing of it."""
     from flux2_relay.stages.train import ranks
 
-    group = ranks.open_group()
+    waits, opened = ranks.Waits(), []
+    if ranks.launched_with(os.environ):
+        _watch(waits, opened)
+    group = ranks.open_group(waits)
     if group.is_alone:
         yield group
         return
+    opened.append(group)
     _tell(f"rank {group.rank} of {group.size} is process {os.getpid()} on {socket.gethostname()}")
-    _watch(group)
     try:
         yield group
     except BaseException as error:
@@ -77,7 +80,7 @@ def _tell(line: str) -> None:
     sys.stdout.flush()
 
 
-def _watch(group: "Group") -> None:
+def _watch(waits: "Waits", opened: "Sequence[Group]") -> None:
     """From the first signal on, see that this process does not wait for lost ranks for ever.
 
     A process that waits inside a backend runs no Python handler, but the signal's number still reaches a socket.
@@ -85,16 +88,18 @@ def _watch(group: "Group") -> None:
     heard, told = socket.socketpair()
     told.setblocking(False)
     signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
-    threading.Thread(target=_leave_if_stuck, args=(heard, group), name="patience", daemon=True).start()
+    threading.Thread(target=_leave_if_stuck, args=(heard, waits, opened), name="patience", daemon=True).start()
 
 
-def _leave_if_stuck(heard: socket.socket, group: "Group") -> None:
+def _leave_if_stuck(heard: socket.socket, waits: "Waits", opened: "Sequence[Group]") -> None:
+    """`opened` holds the group once there is one: not yet, where another rank never came."""
     number = heard.recv(1)[0]
     told = time.monotonic()
     while True:
-        since = group.waits.since
+        since = waits.since
         if since is not None and time.monotonic() - max(since, told) > PATIENCE:
-            _tell(f"rank {group.rank} was told to leave and has waited {PATIENCE} s for the others; it leaves now")
-            _end(group, 128 + number)
+            _tell(f"this rank was told to leave and has waited {PATIENCE} s for the others; it leaves now")
+            for group in opened:
+                _end(group, 128 + number)
             os._exit(128 + number)
         time.sleep(1)

@@ -176,14 +176,15 @@ def differing(rows: np.ndarray, facts: Mapping[str, str]) -> list[str]:
     return faults
 
 
-def open_group(environment: Mapping[str, str] = os.environ) -> Group:
+def open_group(waits: Waits) -> Group:
     """The group that this process was started in, by `mlx.launch` or by MPI; alone if by neither.
 
-    RelayError where the others cannot be reached.
+    RelayError where the others cannot be reached. `waits` becomes the group's; here it is waited for the others, too.
     """
-    backend = launched_with(environment)
+    backend = launched_with(os.environ)
     if backend is None:
         return ALONE
+    waits.since = time.monotonic()
     try:
         link = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
@@ -191,7 +192,8 @@ def open_group(environment: Mapping[str, str] = os.environ) -> Group:
             f"this process was started as one of several ranks over {backend}, and cannot reach the others "
             f"({str(error).strip()}); see that all of them run, and that their addresses and ports are right and free"
         ) from error
-    return Group(link.rank(), link.size(), link)
+    waits.since = None
+    return Group(link.rank(), link.size(), link, waits)
 
 
 def launched_with(environment: Mapping[str, str]) -> str | None:

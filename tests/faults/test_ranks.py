@@ -141,7 +141,7 @@ import mlx.core as mx
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.train import ranks
 
-group = ranks.open_group()
+group = ranks.open_group(ranks.Waits())
 rank = group.rank
 for size in (1 << 25, 16):  # in one piece, and in several
     ranks._PIECE = size

@@ -1,6 +1,8 @@
 """Starting ranks: the host file, the command line that ranks get, and how their ends become one."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -85,8 +87,7 @@ def test_a_rank_says_its_status_and_the_launch_reads_it(
 ) -> None:
     from flux2_relay.stages.train import ranks
 
-    monkeypatch.setattr(ranks, "open_group", lambda: ranks.Group(1, 3))
-    monkeypatch.setattr(rank, "_watch", lambda group: None)
+    monkeypatch.setattr(ranks, "open_group", lambda waits: ranks.Group(1, 3))
     with pytest.raises(type(error)), rank.taking_part():
         raise error
     first, last = capsys.readouterr().out.splitlines()
@@ -94,3 +95,30 @@ def test_a_rank_says_its_status_and_the_launch_reads_it(
     found = rank.ENDED.search(last)
     assert found
     assert found.groups() == ("1", "3", str(status))
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_rank_that_was_told_to_leave_does_not_wait_for_ever(
+    is_open: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for lost ranks nor, before there is a group, for such that never came."""
+    from flux2_relay.stages.train import ranks
+
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    monkeypatch.setattr(rank, "PATIENCE", -1)
+    monkeypatch.setattr(rank.os, "_exit", leave)
+    heard, told = socket.socketpair()
+    waits = ranks.Waits(since=time.monotonic())
+    with heard, told:
+        told.send(bytes([15]))
+        with pytest.raises(Left, match="143"):
+            rank._leave_if_stuck(heard, waits, [ranks.Group(1, 2, None, waits)] if is_open else [])
+    said = capsys.readouterr().out
+    assert "was told to leave" in said
+    assert ("rank 1 of 2 ended with status 143" in said) == is_open
