@@ -71,6 +71,8 @@ VARIED = {
     "rank": ("lora.rank=3", "train.lr=3e-3"),
     "short": ("train.steps=3", "train.batch=1", "lora.targets=[to_q]"),
     "apart": ("run.seed=9", "train.accumulate=2", "lora.targets=[attn.to_out]", "lora.dropout=0.2"),
+    "dora": ("lora.kind=dora", "train.steps=2"),
+    "lokr": ("lora.kind=lokr", "train.steps=2"),
     "held out": ("validation.fraction=0.3", "validation.every=2", "train.ema=0.9", "train.optimizer=lion"),
 }
 
@@ -83,7 +85,7 @@ def test_each_run_is_bit_for_bit_what_it_is_alone(encoded: Any, memory: tuple[st
     ended = many.train(entries, model)
     model.residence.close()
     assert {name: (of.done, of.fault) for name, of in ended.items()} == {
-        name: (3 if name == "short" else 6, None) for name in VARIED
+        name: (int(dict(s.split("=", 1) for s in of).get("train.steps", 6)), None) for name, of in VARIED.items()
     }
     for one in entries:
         other = entry(alone, one.name, *memory, *VARIED[one.name])
