@@ -37,6 +37,13 @@ def test_a_resident_and_a_streamed_step_run_in_tiny(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "lines.jsonl"], "weights are removed"
 
 
+def test_runs_over_one_base_run_in_tiny(tmp_path: Path) -> None:
+    name = "dev-4bit-512-sweep-streamed"
+    found = lines(tmp_path, name)[name]
+    assert found["resident"] == 0
+    assert min(found[figure] for figure in ("seconds", "alone_seconds", "ratio", "predicted_gib", "peak_gib")) > 0
+
+
 def test_two_ranks_end_with_the_adapter_of_one_that_accumulates(tmp_path: Path) -> None:
     """In tiny over ring, where that is so to the bit; on cards it is measured."""
     found = lines(tmp_path, "two-ranks-same")["two-ranks-same"]

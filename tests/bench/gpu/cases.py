@@ -182,9 +182,31 @@ def parallel() -> Iterator[Case]:
     yield Case(name="two-ranks-killed", kind="parallel", settings=chosen, goal=Goal(seconds=30), expected_seconds=60)
 
 
+def sweeps() -> Iterator[Case]:
+    """Four runs over one base in one pass; `ratio` is its time over that of four steps of one run."""
+    common: dict[str, Any] = {"model": "dev", "pixels": SMALL, "runs": 4, "keep": 0}
+    for name, ratio, expected, settings in (
+        ("dev-4bit-512-sweep-streamed", 0.33, 120, {"bits": 4, "resident": 0, "warm_up": 1, "steps": 2}),
+        ("dev-4bit-512-sweep", 0.87, 50, {"bits": 4, "warm_up": 3, "steps": 5}),
+        ("dev-bf16-512-sweep", 1.0, 40, {"bits": 16, "warm_up": 3, "steps": 5}),
+    ):
+        files = "blocks-dev-4" if "resident" in settings else ""
+        yield Case(
+            name=name,
+            kind="sweeps",
+            settings={**common, **settings},
+            goal=Goal(ratio=ratio),
+            expected_seconds=expected,
+            files=files,
+        )
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
-    for group in (kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants, parallel)
+    for group in (
+        *(kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants, parallel),
+        sweeps,
+    )
     for case in group()
 }
 
