@@ -28,7 +28,7 @@ def check(job: Job, spec: TransformerSpec, layout: Layout) -> None:
             "the set (pictures, captions, or how they were encoded)": digest_of_data(job.record.body),
             "the model's shape": repr(spec),
             "the width of the model's weights (memory.bits)": layout.stored or f"{layout.bits} bit",
-            "the sections lora and train": json.dumps(options, sort_keys=True, default=str),
+            "what the sections lora and train say": json.dumps(options, sort_keys=True, default=str),
             "run.seed": str(job.seed),
             "validation.fraction": str(job.validation.fraction),
             "save.every": str(job.save.every),

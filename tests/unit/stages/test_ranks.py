@@ -140,7 +140,7 @@ CHANGES = {
     },
     "the model's shape": {"spec": "another"},
     "the width of the model's weights (memory.bits)": {"bits": 4},
-    "the sections lora and train": {"train": TrainOptions(lr=1.0)},
+    "what the sections lora and train say": {"train": TrainOptions(lr=1.0)},
     "run.seed": {"seed": 1},
     "validation.fraction": {"validation": ValidationOptions(fraction=0.5)},
     "save.every": {"save": SaveOptions(every=7)},
@@ -172,4 +172,4 @@ def test_every_option_of_ranks_is_in_a_fact() -> None:
     """A key of these sections that is added later is compared, too."""
     for options in (LoraOptions(), TrainOptions()):
         names = [field.name for field in dataclasses.fields(options)]
-        assert all(f'"{name}"' in _facts()["the sections lora and train"] for name in names)
+        assert all(f'"{name}"' in _facts()["what the sections lora and train say"] for name in names)
