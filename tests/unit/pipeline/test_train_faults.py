@@ -44,7 +44,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, bad: set[int], of: str) -> None:
     real = step._pass
 
     def gone_bad(transformer, draws, batch, number, terms):
-        loss, gradients, sigmas = real(transformer, draws, batch, number, terms)
+        loss, gradients, sigmas = yield from real(transformer, draws, batch, number, terms)
         if number + 1 in bad and of == "loss":
             loss = loss * mx.inf
         if number + 1 in bad and of == "gradient":
