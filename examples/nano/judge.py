@@ -73,6 +73,8 @@ def look(picture: np.ndarray) -> tuple[str, list[Seen]]:
         rows, columns = np.nonzero(part)
         x, y = (columns.min() + columns.max() + 1) / 2 / width, (rows.min() + rows.max() + 1) / 2 / height
         colour = _colour(picture, part, background)
+        if colour == "none":  # a stroke or a blot of ink beside the figures
+            continue
         seen.append(Seen(shape=_shape(part), colour=colour, x=float(x), y=float(y)))
     return NAMES[background], seen
 

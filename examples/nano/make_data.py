@@ -2,7 +2,7 @@
 
     python examples/nano/make_data.py --out examples/nano/data
 
-Twelve pictures in three shapes, outlined and hatched with ink, each with its caption in a .txt file beside it. The
+Sixteen pictures in three shapes, outlined and hatched with ink, each with its caption in a .txt file beside it. The
 captions are the base's own; the trigger word is put in front by the config (`data.trigger`). No star and nothing
 purple is among them, so prompts with those show what the adapter learned beyond its pictures. Needs torch and Pillow;
 the same seed gives the same files, in a second on any machine.
@@ -16,10 +16,13 @@ import torch
 from pictures import distances, drawn, flat, lay_out, lesson_pen, pack
 from PIL import Image
 from scenes import SHAPES, Scene, describe, draw_scene
+from scenes import SIZES as RADII
 
-SIZES = ((128, 128),) * 8 + ((160, 96),) * 2 + ((96, 160),) * 2
+SIZES = ((128, 128),) * 12 + ((160, 96),) * 2 + ((96, 160),) * 2
 """Width and height of each picture: three buckets of the resolution 128."""
 LEFT_OUT = {"star", "purple"}
+LEAST_INKED = 0.05
+"""Sum of the figures' squared radii, as shares of the shorter side: small figures would show little of a style."""
 SEED = 5
 
 
@@ -33,7 +36,9 @@ def draw_lesson(seed: int) -> list[Scene]:
         words = {word for f in scene.figures for word in (f.shape, f.colour)} | {scene.background}
         in_turn = scene.figures[0].shape == shapes[len(scenes) % len(shapes)]
         fresh = scene.background not in [other.background for other in scenes[-5:]]
-        if not words & LEFT_OUT and in_turn and fresh and (scene.relation is not None) == (len(scenes) % 3 == 2):
+        is_large = sum(RADII[figure.size] ** 2 for figure in scene.figures) >= LEAST_INKED
+        is_in_turn = in_turn and (scene.relation is not None) == (len(scenes) % 3 == 2)
+        if not words & LEFT_OUT and is_in_turn and fresh and is_large:
             scenes.append(scene)
     return scenes
 

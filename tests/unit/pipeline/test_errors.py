@@ -212,7 +212,7 @@ def test_an_encoder_swapped_after_encoding(encoded: Make, dev: Path, tmp_path: P
     file.unlink()
     tiny.save(file, values)
     refused(project.relay("train"), project.model / "text_encoder", "another text encoder", "relay encode")
-    assert not project.run.exists()
+    assert not (project.run / "config.yaml").exists()
 
 
 # The run

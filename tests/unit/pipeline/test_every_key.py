@@ -136,7 +136,7 @@ def first_rates(before: Project, after: Project) -> list[float]:
 KEYS = {
     "lora.rank": Key(3, lambda a, b: set(ranks(a).values()) == {2} and set(ranks(b).values()) == {3}),
     "lora.alpha": Key(32.0, first_norm_times(2.0)),
-    "lora.kind": Key("dora", lambda a, b: [lines_of(p, "dora_scale") for p in (a, b)] == [0, 10]),
+    "lora.kind": Key("dora", lambda a, b: [lines_of(p, "dora_scale") for p in (a, b)] == [0, 12]),
     "lora.factor": Key(4, lambda a, b: sides(a) == {8} and sides(b) == {4}, {"lora": {"kind": "lokr", "factor": 8}}),
     "lora.targets": Key(["to_q"], lambda a, b: has_modules(a, "to_k") and not has_modules(b, "to_k")),
     "lora.exclude": Key(["to_k"], lambda a, b: has_modules(a, "to_k") and not has_modules(b, "to_k")),
