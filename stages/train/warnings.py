@@ -19,7 +19,7 @@ from flux2_relay.stages.train.options import LoraOptions, SaveOptions, TrainOpti
 LOOK_AT = 20
 """The step after which no B should be zero any more."""
 _LONG = 50  # steps from which on it matters what powers the machine
-_RATES = {"adamw": (1e-6, 1e-3), "adafactor": (1e-6, 1e-3), "lion": (1e-7, 3e-4)}
+_RATES = {"adamw": (1e-6, 2e-3), "adafactor": (1e-6, 1e-3), "lion": (1e-7, 3e-4)}
 """Learning rates that people train LoRAs with; `prodigy` has advice of its own (`optimizer.advice`)."""
 _RANKS = 256
 _SCALES = 1 / 16, 8.0
