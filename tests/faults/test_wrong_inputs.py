@@ -61,7 +61,7 @@ CONFIGS = [
     Case("one resolution twice", E, config(data={"resolutions": [64, 64]}), ("'resolutions'", "once")),
     Case("a resolution of a few pixels", E, config(data={"resolutions": [8]}), ("at least 16",)),
     Case("no targets", "train", config(lora={"targets": []}), ("'targets' is an empty list",)),
-    Case("a kind that is not there yet", "train", config(lora={"kind": "dora"}), ("'lora.kind' cannot be 'dora' yet",)),
+    Case("a kind that there is not", "train", config(lora={"kind": "ia3"}), ("'lora.kind'", "ia3", "lokr")),
     Case("a reference that is not there", E,
          config(previews={"prompts": [{"prompt": "a", "references": ["none.png"]}]}), ("none.png",)),
     Case("a folder for a config", "encode -c {folder}", nothing, ("cannot read the config",)),

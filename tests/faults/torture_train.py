@@ -72,7 +72,7 @@ def lines(project: Project) -> int:
 
 def kill_once(project: Project, dice: random.Random) -> bool:
     """Start, wait for the first step of this process and a moment more, or not even that; kill -> was it in time?"""
-    early, pause = dice.random() < 0.15, dice.uniform(0, 0.4)
+    early, pause = dice.random() < 0.15, dice.uniform(0, 0.15)
     process = start(project)
     if early:
         time.sleep(dice.uniform(0, 2))
@@ -87,6 +87,17 @@ def kill_once(project: Project, dice: random.Random) -> bool:
     if process.returncode not in (0, -9):
         raise SystemExit(f"train failed by itself with {process.returncode}:\n{complaint}")
     return process.returncode == -9
+
+
+def kill_behind_a_checkpoint(project: Project) -> None:
+    """Start, and kill as soon as there is a checkpoint to go on from."""
+    process = start(project)
+    while process.poll() is None and not list((project.run / "checkpoints").glob("[0-9]*")):
+        time.sleep(0.001)
+    process.kill()
+    complaint = end(process)
+    if process.returncode != -9:
+        raise SystemExit(f"train ended with {process.returncode}:\n{complaint}")
 
 
 def finish(project: Project) -> None:

@@ -157,6 +157,7 @@ def test_help_is_light() -> None:
 
 def test_ci_runs_what_contributing_promises() -> None:
     promised = re.findall(r"\| `make (\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    promised.remove("score")  # as CONTRIBUTING.md says
     assert f"make {' '.join(promised)}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 

@@ -164,7 +164,7 @@ def test_the_config_of_a_checkpoint_is_the_whole_config(encoded: Callable[..., P
     known = state(project, 2)["config"]
     assert known["train.betas"] == list(config.train.betas)
     assert known["run.seed"] == 3
-    assert {key.split(".")[0] for key in known} == set(type(config).__slots__)
+    assert {key.split(".")[0] for key in known} == set(type(config).__slots__) - {"sweep"}  # one run has none
 
 
 # The mean of the adapter
