@@ -175,7 +175,7 @@ def _transformer(name: str, info: TensorInfo) -> Pairs:
     if kind not in ("weight", "scale", *_PACKED):
         yield name, info
     elif found := _BLOCK.fullmatch(path):
-        for renamed, rows in _block(*found.groups(), info):
+        for renamed, rows in _block(found[1], found[2], found[3], info):
             yield f"{renamed}.{part}" if renamed else name, rows
     elif path in SWAPPED and info.shape:
         half = info.shape[0] // 2

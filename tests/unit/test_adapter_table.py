@@ -1,5 +1,7 @@
 """The tables of docs/adapters.md, made anew from what is read and written; WRITE_DOCS=1 puts them there."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import os
 import re
 from pathlib import Path

@@ -1,5 +1,7 @@
 """LoRA files in the namings of other programs: each means the weights that were written, and faults are named."""
 
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import json
 import re
 from pathlib import Path

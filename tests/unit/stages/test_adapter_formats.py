@@ -1,5 +1,7 @@
 """Adapters in the formats of other programs: names, algebra, round trips, headers, and the proof of each file."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Checkpoints appear whole, and a damaged one is gone back over."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import hashlib
 import shutil
 from pathlib import Path

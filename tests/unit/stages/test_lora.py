@@ -1,5 +1,7 @@
 """Which linears get an adapter, how it starts, and what may be loaded into it."""
 
+# pyright: reportGeneralTypeIssues=false
+
 from pathlib import Path
 
 import mlx.core as mx

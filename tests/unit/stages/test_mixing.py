@@ -1,5 +1,7 @@
 """Adapters at strengths: against weights merged by hand, and at strength 0 against the base bit for bit."""
 
+# pyright: reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from pathlib import Path
 
