@@ -2,12 +2,13 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from bench.gpu import cases, table
+from bench.gpu import cases, parent, table
 
 from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS
 
@@ -48,6 +49,40 @@ def test_two_ranks_end_with_the_adapter_of_one_that_accumulates(tmp_path: Path) 
     """In tiny over ring, where that is so to the bit; on cards it is measured."""
     found = lines(tmp_path, "two-ranks-same")["two-ranks-same"]
     assert found["ratio"] == found["apart"] == 0
+
+
+BLOCKED = """
+import ctypes
+from bench.gpu import parent
+parent.end_with_parent()
+print("begun", flush=True)
+ctypes.PyDLL(None).sleep(60)  # holds Python's lock, as a rank does that waits for the others
+"""
+STARTER = """
+import os, subprocess, sys
+from bench.gpu import parent
+subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, **parent.named()})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread watches, which such a call stops")
+def test_a_process_that_is_blocked_does_not_outlive_the_one_that_started_it() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(GPU.parents[1])}
+    command = [sys.executable, "-c", STARTER, BLOCKED]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "begun\n"
+        starter.kill()
+        assert starter.communicate(timeout=30)[0] == "", "the pipe ends when both have"
+
+
+def test_a_process_whose_starter_is_gone_before_it_looks_leaves() -> None:
+    environment = {**os.environ, **parent.named(), "PYTHONPATH": str(GPU.parents[1])}
+    code = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, BLOCKED], env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_a_case_that_fails_is_a_line_and_the_run_goes_on() -> None:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from bench.gpu import models
+from bench.gpu import models, parent
 from bench.gpu.cases import GIB
 
 from flux2_relay.stages.train import lora
@@ -55,7 +55,7 @@ def _reference(folder: Path, pixels: tuple[int, int], is_tiny: bool) -> dict[str
     command = [sys.executable, "-W", "ignore", str(here.with_name("at_size_reference.py")), str(folder)]
     command += [*map(str, pixels), "tiny" if is_tiny else "full"]
     path = os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, **parent.named(), "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"the reference failed: {done.stderr[-800:]}")

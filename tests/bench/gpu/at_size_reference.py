@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.gpu import peer_model
+from bench.gpu import parent, peer_model
 from safetensors.torch import save_file
 
 SIGMA = 0.5
@@ -60,5 +60,6 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
+    parent.end_with_parent()
     where, height, width, tiny = sys.argv[1:]
     print(json.dumps(main(Path(where), (int(height), int(width)), tiny == "tiny")))

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.gpu import parent
 
 HERE = Path(__file__).parent
 START = "import sys; sys.path.insert(0, sys.argv[1]); from bench.gpu import {module}; {module}.main()"
@@ -38,18 +39,6 @@ def too_few(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     listed = subprocess.run([lister, "-L"], capture_output=True, text=True, check=False).stdout if lister else ""
     cards, ranks = len(listed.splitlines()), settings["ranks"]
     return None if cards >= ranks else {"how": f"not run: takes {ranks} cards, and there are {cards}"}
-
-
-def end_with_parent() -> None:
-    """Leave when the process that started this one is gone: a case that runs out of time is killed without warning."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def speed(settings: Mapping[str, Any], folder: Path, module: str = "parallel_rank") -> dict[str, Any]:
@@ -92,14 +81,14 @@ def same(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def killed(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds from the sudden end of rank 1 to that of rank 0, which is told to leave as `mlx.launch` would."""
     processes = start("parallel_rank", {**settings, "steps": 10**6, "beat": True}, 2, folder)
-    while not (folder / "beat").exists():
-        if processes[0].poll() is not None:
-            raise RuntimeError(f"rank 0 ended by itself: {processes[0].communicate()[1][-600:]}")
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    processes[0].send_signal(signal.SIGTERM)
     try:
+        while not (folder / "beat").exists():
+            if processes[0].poll() is not None:
+                raise RuntimeError(f"rank 0 ended by itself: {processes[0].communicate()[1][-600:]}")
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        processes[0].send_signal(signal.SIGTERM)
         processes[0].communicate(timeout=120)
     finally:
         for process in processes:
@@ -149,7 +138,7 @@ def environments(ranks: int, is_tiny: bool, folder: Path) -> list[dict[str, str]
         ours = {"MLX_HOSTFILE": str(hosts)}
     else:
         ours = {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(first), "MLX_WORLD_SIZE": str(ranks)}
-    common = {**os.environ, **torch, **ours}
+    common = {**os.environ, **parent.named(), **torch, **ours}
     own: Sequence[dict[str, str]] = [
         {"MLX_RANK": str(rank), "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)} for rank in range(ranks)
     ]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from bench.gpu import parallel, steps
+from bench.gpu import parent, steps
 from bench.gpu.cases import GIB
 
 from flux2_relay.pipeline import rank, signals
@@ -20,7 +20,7 @@ from flux2_relay.stages.train.ranks import Group
 
 def main() -> None:
     """Run with the settings that the command line carries; print the figures as JSON, last."""
-    parallel.end_with_parent()
+    parent.end_with_parent()
     settings, folder = json.loads(sys.argv[2]), Path(sys.argv[3])
     with rank.taking_part() as group, signals.finish_the_step() as stop:
         bench = steps.prepare({**settings, "pixels": tuple(settings["pixels"])})

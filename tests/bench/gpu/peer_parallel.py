@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench.gpu import parallel, peer_model
+from bench.gpu import parallel, parent, peer_model
 
 WARM_UP = 2
 
@@ -26,7 +26,7 @@ def run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """One rank."""
-    parallel.end_with_parent()
+    parent.end_with_parent()
     settings = json.loads(sys.argv[2])
     is_alone = os.environ["WORLD_SIZE"] == "1"
     if not is_alone:

@@ -24,7 +24,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[0] = str(TESTS)  # and not this folder, whose names are in a package
 
-from bench.gpu import machine, table  # noqa: E402
+from bench.gpu import machine, parent, table  # noqa: E402
 from bench.gpu.cases import CASES, Case, tiny  # noqa: E402
 
 SLACK, LEAST = 3, 150
@@ -99,7 +99,7 @@ def _run(case: Case, is_tiny: bool, folder: Path, left: float) -> dict[str, Any]
     started, limit = time.monotonic(), min(left, max(LEAST, SLACK * case.expected_seconds))
     command += ["--limit", f"{limit:.0f}"]
     try:
-        environment = {**ENVIRONMENT, **os.environ}
+        environment = {**ENVIRONMENT, **os.environ, **parent.named()}
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
         line |= _said(done)
     except subprocess.TimeoutExpired as late:
@@ -120,6 +120,7 @@ def _said(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 def _child(name: str, is_tiny: bool, files: str, limit: float) -> int:
     """Run one case here and print its figures as JSON, also where it fails."""
+    parent.end_with_parent()
     case = tiny(CASES[name]) if is_tiny else CASES[name]
     settings = {**case.settings, "files": str(Path(files) / case.files) if case.files else None}
     if limit > 2:  # where a case hangs, or is slow, is in the line of one that ran out of time
