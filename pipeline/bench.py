@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import mlx.core as mx
 
+from flux2_relay.pipeline import signals
 from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.config import Config
 from flux2_relay.stages import figures, folders, memory, spec
@@ -37,7 +39,7 @@ class Asked:
     model: str
     resolution: int | None
     bits: str
-    steps: int
+    steps: int | None
     as_json: bool
 
 
@@ -53,15 +55,25 @@ class _Subject:
 
 
 def run(asked: Asked, config: Config | None) -> None:
-    """Time it, and print the line; what happens on the way goes to stderr."""
+    """Time it, and print the line; what happens on the way goes to stderr.
+
+    Ctrl-C ends it with the line of what was timed so far, if a step was over, and status 130.
+    """
     subject = _of_catalogue(asked) if config is None else _of_config(asked, config)
     make = None if subject.places is None else partial(_load, subject.places, subject.task)
-    found = pace.find(subject.task, make, lambda sentence: click.echo(sentence, err=True))
+    try:
+        found = pace.find(subject.task, make, lambda sentence: click.echo(sentence, err=True))
+    except KeyboardInterrupt:
+        click.echo("relay: stopped before the first step was over; nothing was timed", err=True)
+        sys.exit(signals.INTERRUPTED)
     told = _told(subject, found)
     if asked.as_json:
         print_json(told)
     else:
         click.echo(_line(told))
+    if found.stopped:
+        click.echo("relay: stopped before the last step; the line says what was timed until then", err=True)
+        sys.exit(signals.INTERRUPTED)
 
 
 def _of_catalogue(asked: Asked) -> _Subject:
@@ -138,19 +150,29 @@ def _told(subject: _Subject, found: Pace) -> dict[str, object]:
         "resident": layout.resident,
         "seconds_a_step": found.seconds,
         "slowest_seconds": found.slowest,
-        "steps": subject.task.steps,
+        "steps": found.timed,
         "how": "computed" if found.computed else "measured",
+        "stopped": found.stopped,
+        "from": _source(found),
         "peak_bytes": found.peak_bytes,
         "predicted_peak_bytes": layout.peak_bytes,
         "versions": {"flux2-relay": version("flux2-relay"), "mlx": version("mlx"), "python": platform.python_version()},
     }
 
 
+def _source(found: Pace) -> str:
+    """What the seconds of a step come from."""
+    said = [f"median of {found.timed}" if found.timed else "the warm-up alone"]
+    if found.computed:
+        said.insert(0, f"{'scaled by operations' if found.scaled else 'computed'} from a few blocks")
+        said += ["reading from disk not in it"] if found.layout.streamed else []
+    return ", ".join([*said, *(["stopped early"] if found.stopped else [])])
+
+
 def _line(told: dict[str, object]) -> str:
     """Everything that somebody who compares needs."""
     computed = told["how"] == "computed"
     where = "all in memory" if told["resident"] == told["blocks"] else f"{told['resident']}/{told['blocks']} in memory"
-    how = "computed from single blocks, reading from disk not in it" if computed else f"median of {told['steps']}"
     peak = f"peak {in_words(float(str(told['peak_bytes'])))}" if not computed else "peak not measured"
     versions = told["versions"]
     assert isinstance(versions, dict)
@@ -158,7 +180,7 @@ def _line(told: dict[str, object]) -> str:
         f"relay bench: {told['machine']}, {in_words(float(str(told['memory_bytes'])))}, {told['system']} | "
         f"{told['model']}, {told['weights']} weights, {told['bits']} bit, {where} | "
         f"{told['resolution']} x {told['resolution']}, batch {told['batch']}, rank {told['rank']}, {told['dtype']} | "
-        f"{float(str(told['seconds_a_step'])):.3g} s a step ({how}) | "
+        f"{float(str(told['seconds_a_step'])):.3g} s a step ({told['from']}) | "
         f"{peak} (predicted {in_words(float(str(told['predicted_peak_bytes'])))}) | "
         f"flux2-relay {versions['flux2-relay']}, mlx {versions['mlx']}"
     )

@@ -53,12 +53,13 @@ def import_(file: Path, output: Path | None, flags: str | None, model: str | Non
 @click.option(
     "--bits", type=click.Choice(["auto", "32", "16", "8", "6", "4"]), default="auto", help="Width of weights."
 )
-@click.option("--steps", type=click.IntRange(min=1), default=5, help="Timed steps, after two that warm up.")
+@click.option("--steps", type=click.IntRange(min=1), help="Timed steps, after those that warm up; 5, or 2 if long.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(config_file: Path | None, settings: tuple[str, ...], **asked: object) -> None:
     """Time training steps on this machine, and print one line to share.
 
-    A model too large for this machine's memory is timed in parts; the line says then that it was computed.
+    How long it will take is said first. A model too large for this machine's memory, or too slow on it, is timed in
+    parts; the line says then that it was computed. Ctrl-C ends it with what was timed so far.
     """
     from flux2_relay.pipeline import bench, config
 

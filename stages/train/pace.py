@@ -2,8 +2,12 @@
 
 Gradients, clipping and update are those of `step.py` and `optimizer.py`; only items and, where no model is given, the
 weights are random: they are made a block at a time, so that a model needs no more memory than it does in training.
-A model that stays in memory at no width is timed in parts: models of a few of its blocks give the time of one block of
-each kind and of the rest, and the sum is called computed. Reading blocks from disk is not in it.
+A model that stays in memory at no width, or whose steps would take too long, is timed in parts: models of a few of its
+blocks give the time of one block of each kind and of the rest, and the sum is called computed. Reading blocks from disk
+is not in it.
+
+How long all of it will take is told before it begins: the operations of a step over those that one product of the
+model's width reaches in a second. Ctrl-C ends it with what was timed so far.
 """
 
 import math
@@ -30,9 +34,20 @@ from flux2_relay.stages.train.optimizer import Optimizer, clip
 from flux2_relay.stages.train.options import LoraOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.step import Terms, gradients_of
-from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
+from flux2_relay.stages.train.transformer import (
+    Transformer,
+    block_shapes,
+    double_shapes,
+    image_ids,
+    outer_shapes,
+    single_shapes,
+    text_ids,
+)
 
-_WARM_UP = 2  # steps in which kernels are compiled and buffers are made
+_WARM_UP = 2  # steps in which kernels are compiled and buffers are made; one where steps are long
+_STEPS, _FEWEST = 5, 2  # timed ones, where nobody says how many
+_LONG_SECONDS = 300.0  # from here on fewer steps are timed, then only parts of the model
+_PROBE_ROWS = 512
 _CACHE_BYTES = 1 << 30  # as in training
 _PARTS = (1, 1), (3, 1), (1, 3)
 """Double and single blocks of the models that stand for one which stays in memory at no width."""
@@ -48,8 +63,8 @@ class Task:
     size: tuple[int, int]
     """Rows and columns of the picture in tokens."""
     text_rows: int
-    steps: int
-    """Timed steps, after those that warm up."""
+    steps: int | None = None
+    """Timed steps, after those that warm up; None: five, or fewer where these would take long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +78,22 @@ class Pace:
     peak_bytes: int
     """Measured; of a computed pace that of the largest part."""
     computed: bool
+    timed: int
+    """Steps behind the median, of each part; 0 where only steps that warm up were over."""
+    stopped: bool = False
+    """Ctrl-C came before the last step."""
+    scaled: bool = False
+    """Not all parts were timed: by operations from the largest that was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Course:
+    """How many steps are made of a model or of each part, and how long a step of the whole should take."""
+
+    warm_up: int
+    steps: int
+    seconds: float
+    in_parts: bool
 
 
 Make = Callable[[TransformerSpec, Layout], Transformer]
@@ -72,18 +103,96 @@ Make = Callable[[TransformerSpec, Layout], Transformer]
 def find(task: Task, make: Make | None, say: Callable[[str], None]) -> Pace:
     """The pace of a task, with the weights that `make` loads, or with random ones.
 
-    InputError where it fits the budget in no way.
+    InputError where it fits the budget in no way; KeyboardInterrupt where it came before the first step was over.
     """
     blas.suit(task.spec.hidden)
     mx.set_cache_limit(_CACHE_BYTES)
     if make is not None:
-        return _measured(task, _layout(task), make, say)
-    in_memory = replace(task.options, memory=replace(task.options.memory, stream="never"))
+        layout, in_parts = _layout(task), False
+    else:
+        layout = _in_memory(task)
+        in_parts = layout is None
+    course = _course(task, in_parts, make is None)
+    say(_announced(task, course))
+    if course.in_parts or layout is None:
+        return _computed(task, course, say)
+    return _measured(task, layout, make or _random_weights(task), course, say)
+
+
+def _in_memory(task: Task) -> Layout | None:
+    """The layout with all blocks in memory, at whatever width it takes."""
+    stays = replace(task.options, memory=replace(task.options.memory, stream="never"))
     try:
-        layout = _layout(replace(task, options=in_memory))
+        return _layout(replace(task, options=stays))
     except InputError:
-        return _computed(task, say)
-    return _measured(task, layout, _random_weights(task), say)
+        return None
+
+
+def _course(task: Task, in_parts: bool, may_part: bool) -> _Course:
+    """As many steps as were asked for; where none were, as many as keep it short, then parts of the model."""
+    seconds = _operations(task, task.spec) / _operations_a_second(task)
+
+    def course(warm_up: int, steps: int, in_parts: bool) -> _Course:
+        return _Course(warm_up=warm_up, steps=task.steps or steps, seconds=seconds, in_parts=in_parts)
+
+    asked = [course(_WARM_UP, _STEPS, in_parts), course(1, _FEWEST, in_parts)]
+    asked += [course(1, _FEWEST, True)] if may_part and not in_parts else []
+    return next((one for one in asked if _seconds(task, one) < _LONG_SECONDS), asked[-1])
+
+
+def _seconds(task: Task, course: _Course) -> float:
+    """What all of it should take, making weights aside."""
+    of_whole = _operations(task, task.spec)
+    share = sum(_operations(task, few) for few in _few(task)) / of_whole if course.in_parts else 1.0
+    return (course.warm_up + course.steps) * course.seconds * share
+
+
+def _few(task: Task) -> list[TransformerSpec]:
+    return [replace(task.spec, double_blocks=double, single_blocks=single) for double, single in _PARTS]
+
+
+def _operations(task: Task, spec: TransformerSpec) -> float:
+    """Of a step: two for each weight of the blocks and token that meets it, and attention's.
+
+    Three times those of a forward pass: the pass itself, the one that recomputes, and the gradients of the inputs.
+    """
+    (rows, columns), train = task.size, task.options.train
+    tokens = rows * columns + task.text_rows
+    double, single = (sum(map(math.prod, shapes(spec).values())) for shapes in (double_shapes, single_shapes))
+    weights = spec.double_blocks * double / 2 + spec.single_blocks * single  # a double block has a half for each stream
+    forward = 2 * weights * tokens + 4 * spec.blocks * spec.hidden * tokens**2
+    return 3.0 * forward * train.batch * train.accumulate
+
+
+def _operations_a_second(task: Task) -> float:
+    """What a product of the model's width reaches here, the better of two after one that warms up."""
+    dtype = mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16
+    width = task.spec.hidden
+    a, b = mx.zeros((_PROBE_ROWS, width), dtype), mx.zeros((width, 3 * width), dtype)
+    mx.eval(a, b)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        mx.eval(a @ b)
+        best = min(best, time.perf_counter() - started)
+    return 6.0 * _PROBE_ROWS * width * width / best
+
+
+def _announced(task: Task, course: _Course) -> str:
+    what = f"{course.warm_up + course.steps} steps"
+    if course.in_parts:
+        what += f" of each of {len(_PARTS)} models of a few of the {task.spec.blocks} blocks"
+    return (
+        f"{what}, {_about(_seconds(task, course))}: a step of the whole model should take {course.seconds:.2g} s, "
+        "by the speed of one product. Ctrl-C ends it with what was timed"
+    )
+
+
+def _about(seconds: float) -> str:
+    """A forecast, no finer than it deserves."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def _random_weights(task: Task) -> Make:
@@ -95,49 +204,93 @@ def _layout(task: Task) -> Layout:
     return layout_for(task.spec, [item], task.text_rows, lora.size(task.spec, task.lora), task.options)
 
 
-def _measured(task: Task, layout: Layout, make: Make, say: Callable[[str], None]) -> Pace:
+def _measured(task: Task, layout: Layout, make: Make, course: _Course, say: Callable[[str], None]) -> Pace:
     say(layout.in_words())
     release()
     mx.reset_peak_memory()
+    seconds: list[float] = []
+    stopped = False
     with in_plain_words(lambda: "Nothing was changed."):
         transformer = make(task.spec, layout)
         transformer.keep, transformer.attention_heads = layout.keep, layout.heads
         try:
-            seconds = _steps(task, transformer, say)
+            _steps(task, transformer, course, seconds, say)
+        except KeyboardInterrupt:
+            if not seconds:
+                raise
+            stopped = True
         finally:
             transformer.residence.close()
-    peak = peak_bytes()
+    peak, timed = peak_bytes(), seconds[course.warm_up :]
     del transformer
     release()
-    return Pace(layout=layout, seconds=median(seconds), slowest=max(seconds), peak_bytes=peak, computed=False)
+    told = timed or seconds
+    return Pace(
+        layout=layout,
+        seconds=median(told),
+        slowest=max(told),
+        peak_bytes=peak,
+        computed=False,
+        timed=len(timed),
+        stopped=stopped,
+    )
 
 
-def _computed(task: Task, say: Callable[[str], None]) -> Pace:
+def _computed(task: Task, course: _Course, say: Callable[[str], None]) -> Pace:
     """Whole = rest + double blocks x one + single blocks x one, each from the difference of two models."""
     layout = _layout(task)  # what a training would do
     memory = replace(task.options.memory, bits=layout.bits, stream="never")
     part = replace(task, options=replace(task.options, memory=memory))
-    found = []
-    for double, single in _PARTS:
-        few = replace(task.spec, double_blocks=double, single_blocks=single)
-        say(f"{double} double and {single} single blocks of {task.spec.double_blocks} and {task.spec.single_blocks}:")
-        found.append(_measured(replace(part, spec=few), _layout(replace(part, spec=few)), _random_weights(task), say))
+    found: list[Pace] = []
+    for few in _few(task):
+        blocks = f"{few.double_blocks} double and {few.single_blocks} single blocks"
+        say(f"{blocks} of {task.spec.double_blocks} and {task.spec.single_blocks}:")
+        of_part = replace(part, spec=few)
+        try:
+            found.append(_measured(of_part, _layout(of_part), _random_weights(task), course, say))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            break
+        if found[-1].stopped:
+            break
+    scaled = len(found) < len(_PARTS)
+    seconds = _by_operations(task, found) if scaled else _by_blocks(task, found)
+    return Pace(
+        layout=layout,
+        seconds=seconds,
+        slowest=seconds * max(pace.slowest / pace.seconds for pace in found),
+        peak_bytes=max(pace.peak_bytes for pace in found),
+        computed=True,
+        timed=min(pace.timed for pace in found),
+        stopped=scaled or found[-1].stopped,
+        scaled=scaled,
+    )
+
+
+def _by_blocks(task: Task, found: list[Pace]) -> float:
     least, more_double, more_single = found
     a_double = (more_double.seconds - least.seconds) / (_PARTS[1][0] - _PARTS[0][0])
     a_single = (more_single.seconds - least.seconds) / (_PARTS[2][1] - _PARTS[0][1])
     rest = least.seconds - a_double - a_single
-    seconds = max(least.seconds, rest + task.spec.double_blocks * a_double + task.spec.single_blocks * a_single)
-    spread = max(pace.slowest / pace.seconds for pace in found)
-    peak = max(pace.peak_bytes for pace in found)
-    return Pace(layout=layout, seconds=seconds, slowest=seconds * spread, peak_bytes=peak, computed=True)
+    return max(least.seconds, rest + task.spec.double_blocks * a_double + task.spec.single_blocks * a_single)
 
 
-def _steps(task: Task, transformer: Transformer, say: Callable[[str], None]) -> list[float]:
+def _by_operations(task: Task, found: list[Pace]) -> float:
+    """Where the parts do not tell the kinds of block apart yet: as if every operation took as long as every other."""
+    done = _few(task)[len(found) - 1]
+    return found[-1].seconds * _operations(task, task.spec) / _operations(task, done)
+
+
+def _steps(
+    task: Task, transformer: Transformer, course: _Course, seconds: list[float], say: Callable[[str], None]
+) -> None:
+    """Make the steps of a course; what each took goes to the end of `seconds`, those that warm up included."""
     train = task.options.train
     lora.attach(transformer, task.lora, seed=0)
     optimizer, terms = Optimizer(train, lora.parameters(transformer)), Terms(0, train, task.lora.dropout)
-    seconds = []
-    for number in range(_WARM_UP + task.steps):
+    steps = course.warm_up + course.steps
+    for number in range(steps):
         loaded = _noise(task, number)
         started = time.perf_counter()
         loss, gradients, _ = gradients_of(transformer, loaded, terms)
@@ -148,8 +301,9 @@ def _steps(task: Task, transformer: Transformer, say: Callable[[str], None]) -> 
             )
         lora.load(transformer, optimizer.update(lora.parameters(transformer), gradients, number))
         seconds.append(time.perf_counter() - started)
-        say(f"step {number + 1} of {_WARM_UP + task.steps}: {seconds[-1]:.3g} s{' (warm-up)' * (number < _WARM_UP)}")
-    return seconds[_WARM_UP:]
+        left = f"; {_about((steps - number - 1) * seconds[-1])} left" if number + 1 < steps else ""
+        warm = " (warm-up)" * (number < course.warm_up)
+        say(f"step {number + 1} of {steps}: {seconds[-1]:.3g} s{warm}{left}")
 
 
 def _noise(task: Task, number: int) -> Loaded:

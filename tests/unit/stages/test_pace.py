@@ -37,9 +37,10 @@ def test_a_model_that_fits_is_measured() -> None:
     assert not found.computed
     assert 0 < found.seconds <= found.slowest
     assert found.layout.resident == found.layout.blocks == 5
-    assert [line.split(":")[0] for line in said[1:]] == [f"step {n} of 4" for n in range(1, 5)]
-    assert said[1].endswith("(warm-up)")
-    assert not said[3].endswith("(warm-up)")
+    assert said[0].startswith("4 steps, about 1 s: a step of the whole model")
+    assert [line.split(":")[0] for line in said[2:]] == [f"step {n} of 4" for n in range(1, 5)]
+    assert ["(warm-up)" in line for line in said[2:]] == [True, True, False, False]
+    assert ["left" in line for line in said[2:]] == [True, True, True, False]
 
 
 def test_the_peak_is_that_of_the_steps() -> None:
@@ -54,15 +55,92 @@ def test_a_model_that_does_not_fit_is_computed_from_blocks(monkeypatch: pytest.M
     tight = budget(large, part.peak_bytes + 100_000)
     of_blocks = {(1, 1): 10.0, (3, 1): 14.0, (1, 3): 11.0}  # a double block 2 s, a single one 0.5 s, the rest 7.5 s
 
-    def timed(of: pace.Task, *_: object) -> list[float]:
-        return [of_blocks[of.spec.double_blocks, of.spec.single_blocks]] * of.steps
+    pretend(monkeypatch, of_blocks)
+    found = pace.find(tight, None, lambda _: None)
+    assert found.computed
+    assert found.timed == 2
+    assert found.seconds == pytest.approx(7.5 + 8 * 2 + 20 * 0.5)
+    assert found.layout.streamed
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, of_blocks: dict[tuple[int, int], float], end: int = 99) -> None:
+    """Steps take these seconds by double and single blocks; Ctrl-C comes instead of step `end` of all of them."""
+    made = []
+
+    def timed(of: pace.Task, _: object, course: pace._Course, seconds: list[float], *__: object) -> None:
+        for _ in range(course.warm_up + course.steps):
+            made.append(of)
+            if len(made) == end:
+                raise KeyboardInterrupt
+            seconds.append(of_blocks[of.spec.double_blocks, of.spec.single_blocks])
 
     monkeypatch.setattr(pace, "_steps", timed)
     monkeypatch.setattr(pace, "random_transformer", lambda *_, **__: _Nothing())
-    found = pace.find(tight, None, lambda _: None)
-    assert found.computed
-    assert found.seconds == pytest.approx(7.5 + 8 * 2 + 20 * 0.5)
-    assert found.layout.streamed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "expected"),
+    [
+        (1, None, (2, 5, False)),
+        (1, 9, (2, 9, False)),
+        (60, None, (1, 2, False)),
+        (110, None, (1, 2, True)),
+        (110, 1, (1, 1, False)),
+        (1e6, 1, (1, 1, True)),
+    ],
+)
+def test_the_slower_the_machine_the_less_is_timed(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int | None, expected: tuple[int, int, bool]
+) -> None:
+    of = task(steps=steps, spec=replace(SPEC, double_blocks=8, single_blocks=20))
+    monkeypatch.setattr(pace, "_operations_a_second", lambda _: pace._operations(of, of.spec) / seconds)
+    course = pace._course(of, in_parts=False, may_part=True)
+    assert (course.warm_up, course.steps, course.in_parts) == expected
+    assert not pace._course(of, in_parts=False, may_part=False).in_parts
+
+
+def test_operations_are_those_of_three_passes_through_the_blocks() -> None:
+    """By hand: two operations for each weight and token, of which a double block's streams see their own each."""
+    of, width = task(), SPEC.hidden
+    weights = 2 * 13 * width**2 + 3 * 13 * width**2  # a block has 4 + 9 matrices of width x width for each token
+    forward = 2 * weights * (16 + 8) + 5 * 4 * width * (16 + 8) ** 2
+    assert pace._operations(of, SPEC) == pytest.approx(3 * 4 * forward, rel=0.01)
+
+
+@pytest.mark.parametrize(("end", "timed", "seconds"), [(2, 0, 3.0), (3, 0, 3.0), (5, 2, 3.0)])
+def test_ctrl_c_ends_it_with_what_was_timed(
+    monkeypatch: pytest.MonkeyPatch, end: int, timed: int, seconds: float
+) -> None:
+    pretend(monkeypatch, {(2, 3): 3.0}, end)
+    found = pace.find(task(steps=5), None, lambda _: None)
+    assert (found.timed, found.seconds, found.stopped, found.computed) == (timed, seconds, True, False)
+
+
+@pytest.mark.parametrize("end", [5, 8])
+def test_ctrl_c_among_parts_leaves_what_operations_tell(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    large = task(spec=replace(SPEC, double_blocks=9, single_blocks=9))
+    monkeypatch.setattr(pace, "_in_memory", lambda _: None)
+    pretend(monkeypatch, {(1, 1): 2.0, (3, 1): 4.0}, end)  # a step is as long as its blocks, all of one length
+    found = pace.find(large, None, lambda _: None)
+    assert (found.scaled, found.stopped, found.computed) == (True, True, True)
+    assert found.seconds == pytest.approx(18.0, rel=0.01)
+
+
+def test_ctrl_c_before_the_first_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CATALOGUE", {"klein-base-4b": (SPEC, False)})
+    pretend(monkeypatch, {}, end=1)
+    outcome = relay("bench")
+    assert outcome.status == 130
+    assert outcome.said.endswith("relay: stopped before the first step was over; nothing was timed\n")
+
+
+def test_ctrl_c_leaves_a_line_and_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CATALOGUE", {"klein-base-4b": (SPEC, False)})
+    pretend(monkeypatch, {(2, 3): 3.0}, end=4)
+    outcome = relay("bench", "--resolution", 64)
+    assert outcome.status == 130
+    assert "3 s a step (median of 1, stopped early)" in outcome.said
+    assert "relay: stopped before the last step" in outcome.said
 
 
 class _Nothing:
