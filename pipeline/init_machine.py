@@ -104,7 +104,7 @@ def _known(name: str, why: str) -> Model:
 
 
 def fit(of: Model, found: Found, batch: int) -> Fit:
-    """The largest usual resolution that the pictures fill and at which all weights stay in memory, 8 bit if need be.
+    """The largest usual resolution that the pictures fill and at which all weights stay in memory, at 8 or 4 bit if need be.
 
     Where none does, the largest at which training works at all; InputError where nothing does.
     """
@@ -115,9 +115,9 @@ def fit(of: Model, found: Found, batch: int) -> Fit:
     if usual:
         limit = "" if is_gpu else ", on a CPU not above 512"
         why = f"the largest usual one that most pictures fill and at which all weights stay in memory{limit}"
-    resident = [MemoryOptions(bits=bits, stream="never") for bits in ((16, 8) if is_gpu else (32,))]
+    resident = [MemoryOptions(bits=bits, stream="never") for bits in ((16, 8, 4) if is_gpu else (32,))]
     tried = [(r, options) for options in resident for r in candidates]
-    streamed = MemoryOptions(bits=8 if is_gpu else 32)
+    streamed = MemoryOptions(bits=4 if is_gpu else 32)
     tried += [(r, streamed) for r in (min(candidates), *(r for r in _SMALLER if r < min(candidates)))]
     for resolution, options in tried:
         layout = _layout(of, found, resolution, LayoutOptions(train=_options(batch, is_gpu), memory=options))

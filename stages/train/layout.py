@@ -85,6 +85,7 @@ class Layout:
     """Bytes by what they are for."""
     stored: str = ""  # how the checkpoint has packed most matrices, where they stay so
     pieces: int | None = None  # of blocks under way at once; None is the device's usual number
+    joined: bool = False  # whether passes of several runs go through the blocks as one batch
 
     @property
     def peak_bytes(self) -> int:
@@ -101,6 +102,7 @@ class Layout:
         where = f"{self.resident} of {self.blocks} blocks resident" if self.streamed else "all blocks resident"
         chunks = f", attention {self.heads} heads at a time" if self.heads else ""
         chunks += f", {self.pieces} piece{'' if self.pieces == 1 else 's'} in flight" if self.pieces is not None else ""
+        chunks += ", base products over all runs at once" if self.joined else ""
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in self.parts.items() if size)
         return (
             f"{self.stored or f'{self.bits} bit'}, {where}, {self.keep} blocks keep their projections{chunks}; "
@@ -118,15 +120,16 @@ def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[
 def choose(spec: TransformerSpec, loads: Load | Sequence[Load], options: MemoryOptions, budget_bytes: int) -> Layout:
     """The fastest layout whose predicted peak stays under the budget, for one training or for several together.
 
-    In this order: bfloat16 resident, 8 bit resident, 8 bit with as many blocks resident as fit, 4 bit likewise, each
-    with fewer pieces in flight where that is what it takes; then what is left goes to kept projections. Explicit
-    settings are obeyed. InputError says the smallest budget that works.
+    In this order: bfloat16 resident, 8 bit resident, 4 bit resident, 4 bit with as many blocks resident as fit, each with
+    fewer pieces in flight where that is what it takes; then what is left goes to kept projections. Explicit settings are
+    obeyed. InputError says the smallest budget that works.
     """
     loads = [loads] if isinstance(loads, Load) else loads
     tried = [
-        predict_together(spec, loads, bits, resident, pieces)
+        predict_together(spec, loads, bits, resident, pieces, joined)
         for bits, resident in _tries(spec, loads[0], options)
         for pieces in _FEWER_PIECES[memory.is_gpu()]
+        for joined in ((True, False) if joins_runs(loads) else (False,))
     ]
     found = next((layout for layout in tried if layout.peak_bytes <= budget_bytes), None)
     if found is None:
@@ -233,10 +236,35 @@ def predict(
     )
 
 
+def joins_runs(loads: Sequence[Load]) -> bool:
+    """Whether passes of several runs are worth a batch of their own: on a GPU, where some of them can stand in one.
+
+    On a CPU large products are no faster than small ones, and a run taken in turns keeps the bits that it has alone.
+    """
+    return memory.is_gpu() and any(len(group) > 1 for group in _joinable(loads))
+
+
+def _joinable(loads: Sequence[Load]) -> list[list[int]]:
+    """Which of the trainings can stand in one batch: those of plain LoRA without dropout, and of one batch size."""
+    groups: dict[object, list[int]] = {}
+    for place, load in enumerate(loads):
+        joins = load.kind == "lora" and not load.dropout
+        groups.setdefault(("batches of", load.batch) if joins else place, []).append(place)
+    return list(groups.values())
+
+
 def predict_together(
-    spec: TransformerSpec, loads: Sequence[Load], bits: int, resident: int, pieces: int | None = None
+    spec: TransformerSpec,
+    loads: Sequence[Load],
+    bits: int,
+    resident: int,
+    pieces: int | None = None,
+    joined: bool = False,
 ) -> Layout:
-    """The layout of these decisions for several trainings that share each block's weights (`shared_base.py`)."""
+    """The layout of these decisions for several trainings that share each block's weights (`shared_base.py`).
+
+    `joined`: whether those that can go through a block as one batch (`beside.py`), else all of them in turns.
+    """
     each = [predict(spec, load, bits, resident, pieces=pieces) for load in loads]
     if len(each) == 1:
         return each[0]
@@ -244,11 +272,13 @@ def predict_together(
     for name in ("adapter, gradients, moments", "block inputs", "kept projections"):
         parts[name] = sum(one.parts[name] for one in each)
     streams, works = [stream_bytes(spec, load) for load in loads], [one.parts["one block's work"] for one in each]
-    busiest = works.index(max(works))
-    parts["one block's work"] = works[busiest] + sum(streams) - streams[busiest]  # the others wait with their streams
+    groups = _joinable(loads) if joined else [[place] for place in range(len(loads))]
+    parts["one block's work"] = max(  # the others wait with their streams
+        sum(works[place] if place in group else streams[place] for place in range(len(loads))) for group in groups
+    )
     parts["dense copies"] = _dense_block_bytes(spec, loads[0], bits) if _is_made_dense(loads[0], bits) else 0
     heads = min((one.heads for one in each if one.heads), default=0)
-    return replace(each[0], rows=max(one.rows for one in each), heads=heads, parts=parts)
+    return replace(each[0], rows=max(one.rows for one in each), heads=heads, parts=parts, joined=joined)
 
 
 def own_bytes(spec: TransformerSpec, load: Load) -> int:
@@ -317,14 +347,15 @@ def has_fused_attention(rows: int) -> bool:
 def _tries(spec: TransformerSpec, load: Load, options: MemoryOptions) -> Iterator[tuple[int, int]]:
     """(bits, blocks resident) that may be chosen, the best first.
 
-    Fewer bits come before streaming: a block that is not held is read twice a step. 4 bit is a last resort.
+    All bits come before streaming, and what is streamed has the fewest: a block that is not held is read twice a step,
+    so even at 4 bit a streamed base takes several times as long as one that is held. More memory is never slower.
     """
-    full, *fewer = (32 if load.item_bytes == 4 else 16, 8, 4) if options.bits == "auto" else (options.bits,)
+    every = (32 if load.item_bytes == 4 else 16, 8, 4) if options.bits == "auto" else (options.bits,)
     if options.stream != "always":
-        yield from ((bits, spec.blocks) for bits in (full, *fewer[:1]))
+        yield from ((bits, spec.blocks) for bits in every)
     if options.stream != "never":
-        most = 0 if options.stream == "always" else spec.blocks
-        yield from ((bits, resident) for bits in fewer or (full,) for resident in reversed(range(most + 1)))
+        most = 0 if options.stream == "always" else spec.blocks - 1
+        yield from ((every[-1], resident) for resident in reversed(range(most + 1)))
 
 
 def _is_made_dense(load: Load, bits: int) -> bool:

@@ -123,7 +123,8 @@ class MemoryOptions:
     """Bytes that a stage stays under; `auto` is what the device recommends."""
 
     bits: Literal["auto", 32, 16, 8, 6, 4] = "auto"
-    """Width of the transformer's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized."""
+    """Width of the transformer's weights: 32 float32, 16 bfloat16, 8, 6 and 4 affine quantized; `auto`: the most of
+    those of `train.dtype`, 8 and 4 at which all blocks stay in memory, else 4."""
 
     stream: Literal["auto", "never", "always"] = "auto"
     """Read the transformer block by block from disk at every step instead of holding it."""

@@ -107,9 +107,9 @@ def streamed() -> Iterator[Case]:
 
 def budgets() -> Iterator[Case]:
     """What the plan makes of `memory.budget`."""
-    for gib, bits, expected in ((80, 16, 20), (40, 8, 25), (6, 4, 60), (24, 8, 80), (16, 8, 50), (10, 8, 60)):
+    for gib, bits, expected in ((80, 16, 20), (40, 8, 25), (24, 4, 25), (16, 4, 40), (10, 4, 50), (6, 4, 60)):
         chosen = {"model": "dev", "pixels": SMALL, "budget_gib": gib, "warm_up": 1, "steps": 2}
-        goal, files = Goal(gib=gib), f"blocks-dev-{bits}" if gib < 40 else ""
+        goal, files = Goal(gib=gib), f"blocks-dev-{bits}" if gib < 24 else ""
         name = f"dev-budget-{gib}"
         yield Case(name=name, kind="steps", settings=chosen, goal=goal, expected_seconds=expected, files=files)
 

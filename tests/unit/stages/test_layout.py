@@ -147,12 +147,14 @@ def test_less_budget_means_fewer_bits_before_blocks_are_streamed() -> None:
     assert layout.choose(spec, load, MemoryOptions(bits=32, stream="always"), 10 * full).resident == 0
 
 
-def test_fewer_bits_are_tried_before_a_wider_base_is_streamed_and_4_bit_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_bits_are_tried_before_blocks_are_streamed_and_those_have_the_fewest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(layout.memory, "is_gpu", lambda: True)
     load = Load(batch=1, rows=1536, adapter_bytes=4 * 83_400_000, adapter_copies=4, item_bytes=2, fused_attention=True)
     plans = [layout.choose(DEV, load, MemoryOptions(), gib * 2**30) for gib in (80, 40, 24, 16, 10, 6)]
-    assert [plan.bits for plan in plans] == [16, 8, 8, 8, 8, 4]
-    assert [plan.streamed for plan in plans] == [False, False, True, True, True, True]
+    assert [plan.bits for plan in plans] == [16, 8, 4, 4, 4, 4]
+    assert [plan.streamed for plan in plans] == [False, False, False, True, True, True]
     assert all(before.resident >= after.resident for before, after in pairwise(plans))
 
 
