@@ -139,7 +139,8 @@ details { margin-top: .75rem; } summary { cursor: pointer; padding: .65rem .9rem
 details pre { margin: 0; padding: .2rem 1rem 1rem; overflow-x: auto; font-size: .8rem; line-height: 1.5; }
 @media (max-width: 64rem) { figure, figure.tall { grid-column: span 6; } figure.wide { grid-column: span 12; } }
 @media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem; } figure, figure.tall, figure.wide {
-  grid-column: span 12; } figure.wide svg text { font-size: 19px; }
+  grid-column: span 12; } figure.wide svg text { font-size: 24px; } figure.wide svg .label { display: none; }
+  figure.wide svg .tick.x { transform: translateY(8px); }
   .prompt small { display: none; } .table th, .table td { padding: .4rem .55rem; }
   .samples { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .samples img { height: 8.5rem; } .previews td { min-width: 8.5rem; } .about th { padding-right: .8rem; }

@@ -5,9 +5,10 @@ Only what lies in the run folder is read: neither model nor store, so that a pag
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from flux2_relay.pipeline.page import page
 from flux2_relay.pipeline.report_charts import curves, planned_bytes
 from flux2_relay.pipeline.report_data import data_set
 from flux2_relay.pipeline.report_metrics import Metrics, duration, in_bytes, read_metrics
-from flux2_relay.pipeline.report_previews import previews
+from flux2_relay.pipeline.report_previews import find_previews, previews
 from flux2_relay.pipeline.run_folder import RunFolder
 
 _LOG_LINES = 200
@@ -31,12 +32,13 @@ _LOG_LINES = 200
 def write_report(run: RunFolder, config: Config, live: bool = False) -> Path:
     """Write RUN/report.html, whole or not at all -> its path; a `live` page reloads itself."""
     metrics, held, made_from = read_metrics(run), held_out.read(run), origin.read(run)
+    shown = [previews(run, config), curves(config, metrics, held, made_from)]
+    has_pictures = any(preview.picture for preview in find_previews(run))
     parts = [
         f'<p class="kind">flux2-relay run</p>\n<h1>{escape(config.run.name)}</h1>',
         _verdict(run, config, metrics, live),
         _facts(run, metrics, made_from),
-        curves(config, metrics, held, made_from),
-        previews(run, config),
+        *(shown if has_pictures else reversed(shown)),
         data_set(run, made_from),
         _about(run, config, made_from),
     ]
@@ -165,11 +167,26 @@ def _made_from(made_from: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{'VAE' if part == 'vae' else str(part).capitalize()} key", str(key)
     encoded = [f"flux2-relay {made['version']}"] if "version" in made else []
     encoded += [f"MLX {made['mlx']}"] if "mlx" in made else []
-    encoded += [str(made[name]) for name in ("device", "at") if name in made]
+    encoded += [_device(made["device"])] if "device" in made else []
+    encoded += [_moment(made["at"])] if "at" in made else []
     yield "Encoded with", ", ".join(encoded)
     yield "Versions", ", ".join(f"{name} {number}" for name, number in _mapping(made_from, "versions").items())
-    yield "Machine", ", ".join(map(str, _mapping(made_from, "machine").values()))
+    yield "Machine", ", ".join(map(_device, _mapping(made_from, "machine").values()))
     yield "Plan", str(_mapping(made_from, "plan").get("in_words", ""))
+
+
+def _device(told: object) -> str:
+    """MLX's name of a device as people write it: Device(cpu, 0) is CPU; anything else stays."""
+    found = re.fullmatch(r"Device\((\w+), (\d+)\)", str(told))
+    return str(told) if found is None else found[1].upper() + (f" {found[2]}" if found[2] != "0" else "")
+
+
+def _moment(told: object) -> str:
+    """A time of ISO 8601 to the minute, in UTC; anything else stays."""
+    try:
+        return datetime.fromisoformat(str(told)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return str(told)
 
 
 def _mapping(of: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -133,6 +133,28 @@ def test_prompts_with_and_without_the_trigger_stand_in_one_row(run: RunFolder, r
     assert shown() == pair + [f"{prompt}, step {step}" for prompt in prompts[2:] for step in (0, 10)]
 
 
+def test_pictures_stand_before_curves_and_what_is_not_decoded_behind(report: Report, preview) -> None:
+    preview(0, 0)
+    page = report([1.0, 0.5], prompts=["a fox"])
+    assert page.index("<h2>Curves") < page.index("<h2>Previews")
+    preview(0, 0, png(8, 8))
+    page = report([1.0, 0.5], prompts=["a fox"])
+    assert page.index("<h2>Previews") < page.index("<h2>Curves") < page.index("<h2>Data set")
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"device": "Device(cpu, 0)", "at": "2026-02-03T04:05:06.789+00:00"}, "CPU, 2026-02-03 04:05 UTC"),
+        ({"device": "Device(gpu, 1)", "at": "2026-02-03T04:05:06+02:00"}, "GPU 1, 2026-02-03 02:05 UTC"),
+        ({"device": "Apple M9", "at": "yesterday"}, "Apple M9, yesterday"),
+    ],
+)
+def test_devices_and_times_are_written_as_people_do(run: RunFolder, report: Report, told: object, said: str) -> None:
+    (run.path / "origin.json").write_text(json.dumps({"set": {"made": told}}))
+    assert f"<code>{said}</code>" in report([1.0])
+
+
 def test_undecoded_previews_say_what_to_run(run: RunFolder, report: Report, preview) -> None:
     preview(0, 0, png(8, 8))
     preview(4, 0)
