@@ -45,7 +45,7 @@ def choice_options(command: Callable[..., None]) -> Callable[..., None]:
 @choice_options
 @click.option("-c", "--config", "config_file", type=FILE, help="The config with the model that a FILE is for.")
 def export(choice: "Choice", source: Path, form: str, out: Path, config_file: Path | None) -> None:
-    """Write an adapter for another program; it is read back and compared before it has its name.
+    """Write an adapter for another program, read back and compared.
 
     RUN_OR_FILE is a run folder, or a LoRA file of any known naming: so files are converted.
     """
@@ -71,7 +71,7 @@ def export(choice: "Choice", source: Path, form: str, out: Path, config_file: Pa
 def merge(
     config_file: Path, settings: tuple[str, ...], adapters: tuple[str, ...], out: Path, dtype: str, link: bool
 ) -> None:
-    """Merge adapters into the model of a config: a folder in the layout of diffusers.
+    """Merge adapters into a model: a folder as diffusers has it.
 
     SCALE multiplies the adapter's own alpha / rank; several adapters add up.
     """

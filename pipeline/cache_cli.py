@@ -57,9 +57,10 @@ def ls(where: Where, kind: str | None, stale: bool, as_json: bool) -> None:
 @store_options
 @JSON
 def show(where: Where, prefix: str, as_json: bool) -> None:
-    """Print in words what the entry or set whose key begins with PREFIX depends on.
+    """Say in words what an entry or a set depends on.
 
-    With a config (-c) also whether that config needs it, and if not, in what it differs.
+    It is the one whose key begins with PREFIX. With a config (-c) also whether that config needs it,
+    and if not, in what it differs.
     """
     from flux2_relay.pipeline import cache_stale
 
@@ -82,7 +83,10 @@ def stats(where: Where, as_json: bool) -> None:
 @click.option("--repair", is_flag=True, help="Take what is damaged out of sight, so that `relay encode` makes it anew.")
 @JSON
 def verify(where: Where, quick: bool, repair: bool, as_json: bool) -> None:
-    """Check every entry and set; exit status 1 when something is damaged and was not repaired."""
+    """Check every entry and set; exit status 1 for damage.
+
+    Damage that --repair took out of sight counts as none.
+    """
     from flux2_relay.pipeline import cache_commands
 
     _leave(cache_commands.verify(where, quick, repair, as_json))
@@ -112,7 +116,10 @@ def gc(where: Where, dry_run: bool, keep: int | None, drop: tuple[str, ...], as_
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.safetensors")
 @JSON
 def export(where: Where, output: Path, as_json: bool, **which: object) -> None:
-    """Write one entry whole: `context` [T, C] or `latents` [H/16, W/16, 128], float32."""
+    """Write one entry whole, in float32.
+
+    The file holds one tensor: `context` [T, C] or `latents` [H/16, W/16, 128].
+    """
     from flux2_relay.pipeline import cache_export
 
     if sum(value is not None for value in which.values()) != 1:
@@ -125,7 +132,10 @@ def export(where: Where, output: Path, as_json: bool, **which: object) -> None:
 @store_options
 @JSON
 def push(where: Where, other: str, as_json: bool) -> None:
-    """Copy what STORE (a folder or URL) lacks to it; it is made if need be."""
+    """Copy to STORE (a folder or URL) what it lacks.
+
+    It is made if need be.
+    """
     from flux2_relay.pipeline import cache_commands
 
     _leave(cache_commands.push(where, other, as_json))

@@ -49,6 +49,8 @@ def cli() -> None:
     """Train LoRAs on FLUX.2 in two stages that meet only in a cache on disk.
 
     `relay encode` reads captions and pictures into the store, `relay train` trains from the store alone.
+
+    In this order for a first LoRA: init FOLDER, plan, encode, train, decode RUN, report RUN.
     """
 
 
@@ -56,9 +58,9 @@ def cli() -> None:
 @run_options
 @click.option("--shard", default="1/1", metavar="I/N", help="Of the entries only share I of N, for batch systems.")
 def encode(config_files: tuple[Path, ...], settings: tuple[str, ...], sweeps: tuple[str, ...], shard: str) -> None:
-    """Stage one: captions and pictures into the store; what is there is not encoded again.
+    """Stage one: captions and pictures into the store.
 
-    Any number of these may fill one store at once, on any machines.
+    What is there is not encoded again. Any number of these may fill one store at once, on any machines.
     """
     from flux2_relay.pipeline import sweep, together
 
@@ -79,7 +81,7 @@ def train(
     max_steps: int | None,
     resume: str,
 ) -> None:
-    """Stage two: train a LoRA from the store, or those of a sweep together over one base.
+    """Stage two: a LoRA from the store, or those of a sweep together.
 
     While it runs, a file named .save in the run folder asks for a checkpoint, .stop for one and the end.
     """
@@ -101,7 +103,7 @@ def plan(
     hash_weights: bool,
     as_json: bool,
 ) -> None:
-    """What encode and train would do and take; loads no weights and makes nothing."""
+    """What encode and train would do and take; loads no weights."""
     from flux2_relay.pipeline import plan_together, sweep
 
     plan_together.show(sweep.expand(config_files, settings, sweeps), hash_weights, as_json)
@@ -112,7 +114,10 @@ def plan(
 @click.option("--steps", type=click.IntRange(min=1), help="Also train so many steps on trial; 500 is the long form.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(config_file: Path, settings: tuple[str, ...], steps: int | None, as_json: bool) -> None:
-    """Test the model against the store: shapes, loss against its bounds, stability; exit status 1 for a no."""
+    """Test the model against the store; exit status 1 for a no.
+
+    Shapes, loss against its bounds and, with --steps, a training on trial.
+    """
     from flux2_relay.pipeline import check, config
 
     with signals.finish_the_step() as stop:
@@ -138,7 +143,10 @@ def decode(run: Path) -> None:
     help="The page that compares several: comparison.html beside them.",
 )
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
-    """Write RUNS' curves, previews and data as one HTML page each, and of several runs one that compares them."""
+    """Write RUNS' previews, curves and data as an HTML page each.
+
+    Of several runs also one page that compares them.
+    """
     from flux2_relay.pipeline import commands
 
     commands.report(runs, output)
@@ -150,7 +158,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 @click.option("--path", metavar="PLACE", help="A model: a folder, a single file, or a repository id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def models(config_file: Path | None, settings: tuple[str, ...], path: str | None, as_json: bool) -> None:
-    """List the known models, or say which files of one were found where and what is missing."""
+    """List the known models, or say where the files of one are."""
     from flux2_relay.pipeline import config, models
 
     if config_file is not None and path is not None:

@@ -4,6 +4,7 @@ Which tool a file is of is told by what stands in it, not by its name.
 """
 
 import json
+import shlex
 import textwrap
 import tomllib
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ def run(file: Path, output: Path | None, flags: str | None, model: str | None, h
     carried = translate(file, flags)
     _complete(carried, model, file)
     path = output or Path(f"{file.stem}-relay.yaml")
-    head = [f"From {file} of {carried.tool}, by `relay import`.", "", f"  relay plan -c {path}", ""]
+    head = [f"From {file} of {carried.tool}, by `relay import`.", "", f"  relay plan -c {shlex.quote(str(path))}", ""]
     head += ["What is not here has its default; docs/config.md explains every key."]
     commented.save(path, commented.document(head, carried.lines()) + _appendix(carried.left), force)
     if as_json:
@@ -179,4 +180,4 @@ def _tell(path: Path, carried: Carried) -> None:
         entry("left out", f"{of.key} = {of.value}")
         entry("", of.why)
     click.echo()
-    entry("next", f"relay plan -c {path}")
+    entry("next", f"relay plan -c {shlex.quote(str(path))}")

@@ -1,10 +1,12 @@
 """`relay init`: a commented config that fits a data set and this machine; every value says why it is what it is."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from flux2_relay.pipeline import commented, init_data, init_machine
+from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.commented import Line
 from flux2_relay.pipeline.init_data import Found
 from flux2_relay.pipeline.init_machine import Fit, Model
@@ -18,8 +20,9 @@ _WORTH_HOLDING_OUT = 50  # pictures
 _SMALL_MODEL = 1e9  # parameters of blocks, below which a batch of one leaves the device idle
 
 
-def run(folder: Path, output: Path | None, named: str | None, force: bool) -> None:
-    """Look, choose, write the file, and say what is in it."""
+def run(folder: Path, output: Path | None, named: str | None, how: tuple[bool, bool]) -> None:
+    """Look, choose, write the file, and say what is in it; `how` is force and as_json."""
+    force, as_json = how
     found = init_data.look(folder)
     model = init_machine.model(named)
     batch = _batch(model, found)
@@ -28,7 +31,10 @@ def run(folder: Path, output: Path | None, named: str | None, force: bool) -> No
     path = output or Path(f"{name}.yaml")
     lines = [line for part in _parts(name, found, model, fit, batch) for line in part]
     commented.save(path, commented.document(_head(path, found, model, fit), lines), force)
-    _tell(path, found, model, fit)
+    if as_json:
+        print_json(_told(path, found, model, fit))
+    else:
+        _tell(path, found, model, fit)
 
 
 def _parts(name: str, found: Found, model: Model, fit: Fit, batch: int) -> Iterator[Iterator[Line]]:
@@ -63,9 +69,7 @@ def _head(path: Path, found: Found, model: Model, fit: Fit) -> list[str]:
         f"A LoRA on {model.name or model.path} from {pictures} in {found.options.path}.",
         "",
         *([f"  {model.to_download}"] if model.to_download else []),
-        f"  relay plan -c {path}",
-        f"  relay encode -c {path}",
-        f"  relay train -c {path}",
+        *(f"  relay {command} -c {shlex.quote(str(path))}" for command in ("plan", "encode", "train")),
         "",
         f"Chosen by `relay init` for this machine: {fit.device}, {in_words(fit.budget_bytes)} for each stage.",
         "What is not here has its default; docs/config.md explains every key.",
@@ -198,7 +202,27 @@ def _tell(path: Path, found: Found, model: Model, fit: Fit) -> None:
     entry("memory", f"{fit.layout.in_words()}; the budget is {in_words(fit.budget_bytes)}")
     if model.to_download:
         entry("download", model.to_download)
-    entry("next", f"relay plan -c {path}")
+    entry("next", f"relay plan -c {shlex.quote(str(path))}")
+
+
+def _told(path: Path, found: Found, model: Model, fit: Fit) -> dict[str, object]:
+    """The same for a program."""
+    buckets = found.buckets(fit.resolution)
+    return {
+        "config": str(path),
+        "model": {"name": model.name, "path": model.path, "distilled": model.distilled, "why": model.why},
+        "download": model.to_download,
+        "pictures": len(found.samples),
+        "buckets": [[width, height, count] for (width, height), count in sorted(buckets.items())],
+        "resolution": fit.resolution,
+        "trigger": found.options.trigger,
+        "memory": {
+            "layout": fit.layout.in_words(),
+            "peak_bytes": fit.layout.peak_bytes,
+            "budget_bytes": fit.budget_bytes,
+        },
+        "next": f"relay plan -c {shlex.quote(str(path))}",
+    }
 
 
 def _count(number: int, what: str) -> str:

@@ -65,10 +65,10 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @_with_options
 def sample(**asked: Unpack[Asked]) -> None:
-    """Draw pictures from the base or with adapters, each with its settings in the PNG.
+    """Draw pictures from the base or with adapters.
 
-    Every prompt is drawn at every seed and scale, with a contact sheet a prompt; what is in DIR already is not drawn
-    again.
+    Every prompt is drawn at every seed and scale, with a contact sheet a prompt; each PNG holds its settings. What is
+    in DIR already is not drawn again.
     """
     from flux2_relay.pipeline import config, sampling, wish
 

@@ -13,14 +13,15 @@ FORCE = click.option("--force", is_flag=True, help="Replace the config if it is 
 @OUTPUT
 @click.option("--model", metavar="NAME_OR_PATH", help="A name that `relay models` lists, a folder, file or repository.")
 @FORCE
-def init(folder: Path, output: Path | None, model: str | None, force: bool) -> None:
-    """Write a commented config for the pictures in FOLDER on this machine.
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def init(folder: Path, output: Path | None, model: str | None, **how: bool) -> None:
+    """Write a commented config for pictures, on this machine.
 
     Without -o it goes to NAME.yaml here, NAME being the folder's.
     """
     from flux2_relay.pipeline import init
 
-    init.run(folder, output, model, force)
+    init.run(folder, output, model, (how["force"], how["as_json"]))
 
 
 @click.command("import")
@@ -31,9 +32,10 @@ def init(folder: Path, output: Path | None, model: str | None, force: bool) -> N
 @FORCE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def import_(file: Path, output: Path | None, flags: str | None, model: str | None, **how: bool) -> None:
-    """Turn a config of musubi-tuner, ai-toolkit or mflux into one of ours.
+    """Turn a config of another trainer into one of ours.
 
-    Says what was not carried over and why, here and at the end of the new config.
+    Reads those of musubi-tuner, ai-toolkit and mflux. Says what was not carried over and why,
+    here and at the end of the new config.
     """
     from flux2_relay.pipeline import imported
 

@@ -47,7 +47,7 @@ from flux2_relay.stages.train.transformer import (
 _WARM_UP = 2  # steps in which kernels are compiled and buffers are made; one where steps are long
 _STEPS, _FEWEST = 5, 2  # timed ones, where nobody says how many
 _LONG_SECONDS = 300.0  # from here on fewer steps are timed, then only parts of the model
-_PROBE_ROWS = 512
+_PROBE_ROWS, _PROBES, _PROBE_SECONDS = 512, 8, 2.0
 _CACHE_BYTES = 1 << 30  # as in training
 _PARTS = (1, 1), (3, 1), (1, 3)
 """Double and single blocks of the models that stand for one which stays in memory at no width."""
@@ -165,17 +165,19 @@ def _operations(task: Task, spec: TransformerSpec) -> float:
 
 
 def _operations_a_second(task: Task) -> float:
-    """What a product of the model's width reaches here, the better of two after one that warms up."""
+    """What a product of the model's width reaches here: the best of a few, since other programs may be in the way."""
     dtype = mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16
     width = task.spec.hidden
-    a, b = mx.zeros((_PROBE_ROWS, width), dtype), mx.zeros((width, 3 * width), dtype)
+    a, b = mx.zeros((_PROBE_ROWS, width), dtype), mx.zeros((width, width), dtype)
     mx.eval(a, b)
-    best = math.inf
-    for _ in range(3):
+    best, began = math.inf, time.perf_counter()
+    for number in range(_PROBES):
         started = time.perf_counter()
         mx.eval(a @ b)
         best = min(best, time.perf_counter() - started)
-    return 6.0 * _PROBE_ROWS * width * width / best
+        if number and time.perf_counter() - began > _PROBE_SECONDS:
+            break
+    return 2.0 * _PROBE_ROWS * width * width / best
 
 
 def _announced(task: Task, course: _Course) -> str:
@@ -183,8 +185,8 @@ def _announced(task: Task, course: _Course) -> str:
     if course.in_parts:
         what += f" of each of {len(_PARTS)} models of a few of the {task.spec.blocks} blocks"
     return (
-        f"{what}, {_about(_seconds(task, course))}: a step of the whole model should take {course.seconds:.2g} s, "
-        "by the speed of one product. Ctrl-C ends it with what was timed"
+        f"{what}, {_about(_seconds(task, course))}: by the speed of one product a step of "
+        f"the whole model takes {_about(course.seconds)}. Ctrl-C ends it with what was timed"
     )
 
 

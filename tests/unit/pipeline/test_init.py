@@ -1,5 +1,6 @@
 """`relay init`: what it finds in a data set and a machine, and that its file goes through `relay plan` at once."""
 
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -232,3 +233,13 @@ def test_any_value_survives_with_any_comment(texts: list[str], lr: float, why: s
     ]
     config = commented.checked(commented.document(["head"], lines), "c")
     assert (config.train.lr, config.previews.prompts, config.previews.seed) == (lr, tuple(texts), 42)
+
+
+def test_what_it_prints_is_there_for_programs_and_a_path_with_a_space_is_quoted(klein: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "füchse im schnee", ["a red fox", "a fox"])
+    outcome = relay("init", folder, "--model", klein, "-o", "my fox.yaml", "--json")
+    told = json.loads(outcome.said)
+    assert (told["config"], told["pictures"], told["next"]) == ("my fox.yaml", 2, "relay plan -c 'my fox.yaml'")
+    assert told["memory"]["peak_bytes"] <= told["memory"]["budget_bytes"]
+    assert "relay train -c 'my fox.yaml'" in Path("my fox.yaml").read_text()
+    assert relay("plan", "-c", "my fox.yaml").status == 0

@@ -11,7 +11,7 @@ import pytest
 from flux2_relay.pipeline import cache_commands
 from flux2_relay.pipeline.cli import cli, main
 
-TABLES = ["plan", "models", "check", "import", "bench"]
+TABLES = ["init", "plan", "models", "check", "import", "bench"]
 
 
 class Terminal(io.StringIO):
@@ -62,6 +62,19 @@ def test_the_catalogue_and_the_size_of_a_store_fit(encoded_store: Path) -> None:
 def test_help_fits(name: str) -> None:
     lines = printed(name, "-h", on=io.StringIO).splitlines()
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["cache", "-h"]])
+def test_the_list_of_commands_cuts_no_sentence(arguments: list[str]) -> None:
+    assert "..." not in printed(*arguments, on=io.StringIO).split("Commands:")[1]
+
+
+def test_the_list_of_commands_says_where_to_begin() -> None:
+    said = printed("-h", on=io.StringIO)
+    order = said.split("In this order")[1].split("Options")[0]
+    for name in ("init", "plan", "encode", "train", "decode", "report"):
+        assert f" {name} " in " ".join(order.replace(",", " ").split()) + " "
+        assert f"\n  {name} " in said
 
 
 def test_the_last_column_is_cut_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
