@@ -14,8 +14,12 @@ MLX ?= $(shell [ "$$(uname -s)" = Darwin ] && exit; \
 # TORCH takes whatever pip takes, so the file name of a CPU wheel will do.
 TORCH ?= torch==2.13.0
 
+# Tests are shared among processes, one a core but four at most: each takes up to 1 GB. WORKERS=0 runs them in one.
+WORKERS ?= logical
+
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+PYTEST = $(BIN)/python -m pytest -q --numprocesses=$(WORKERS) --maxprocesses=4 --dist=worksteal
 comma := ,
 
 .DEFAULT_GOAL := help
@@ -40,7 +44,7 @@ train: .venv ## Stage two: a LoRA from the store
 	$(BIN)/relay train -c $(CONFIG)
 
 test: .venv ## Run the tests that need neither network nor torch
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: .venv/check .types/flux2_relay ## Lint, formatting and types
 	$(BIN)/ruff check .
@@ -48,7 +52,7 @@ check: .venv/check .types/flux2_relay ## Lint, formatting and types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 oracle: .venv/oracle ## Compare with diffusers, transformers and peft (installs torch)
-	$(BIN)/python -m pytest -q tests/oracle
+	$(PYTEST) tests/oracle
 
 score: .venv ## Judge what the miniature draws, what the demo's LoRA learned, and that a planted fault shows
 	$(BIN)/python -m pytest -q tests/score -m 'not torture'
