@@ -38,7 +38,7 @@ def test_a_model_that_fits_is_measured() -> None:
     assert 0 < found.seconds <= found.slowest
     assert found.layout.resident == found.layout.blocks == 5
     assert said[0].startswith(
-        "4 steps, about 1 s: by the speed of one product a step of the whole model takes about 1 s."
+        "4 steps, about 1 s: by the speed of one product a step"
     )
     assert [line.split(":")[0] for line in said[2:]] == [f"step {n} of 4" for n in range(1, 5)]
     assert ["(warm-up)" in line for line in said[2:]] == [True, True, False, False]
