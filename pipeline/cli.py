@@ -126,12 +126,12 @@ def check(config_file: Path, settings: tuple[str, ...], steps: int | None, as_js
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-def decode(run: Path) -> None:
-    """Decode the preview latents of RUN to PNG, with a contact sheet."""
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+def decode(runs: tuple[Path, ...]) -> None:
+    """Decode the previews of RUNS to PNG, with a contact sheet each."""
     from flux2_relay.pipeline import commands
 
-    commands.decode(run)
+    commands.decode(runs)
 
 
 @cli.command()

@@ -4,7 +4,7 @@ A stage is imported when its command runs and never beside another: each is its 
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,23 +203,33 @@ def _after_training(run: RunFolder, is_finished: bool) -> str:
     """The command that comes next: the same again, or what makes pictures of previews, or the page."""
     if not is_finished:
         return closing.same_config("train")
-    has_previews = any((run.path / "previews").glob("*.safetensors"))
-    return shlex.join(["relay", "decode" if has_previews else "report", str(run.path)])
+    return after_training([run.path])
 
 
-def decode(path: Path) -> None:
-    """Preview latents of a run to PNG."""
+def after_training(folders: Sequence[Path]) -> str:
+    """The command that comes when runs are finished: what makes pictures of previews, or the pages."""
+    has_previews = any(any((folder / "previews").glob("*.safetensors")) for folder in folders)
+    return shlex.join(["relay", "decode" if has_previews else "report", *map(str, folders)])
+
+
+def decode(paths: tuple[Path, ...]) -> None:
+    """Preview latents of runs to PNG, one run after the other."""
+    runs = [run_folder.open_run(path) for path in dict.fromkeys(paths)]
+    say_blas()
+    for run, config in runs:
+        _decode(run, config, shlex.join(["relay", "report", *(str(path) for path in dict.fromkeys(paths))]))
+
+
+def _decode(run: RunFolder, config: Config, then: str) -> None:
     from flux2_relay.stages import folders, memory
     from flux2_relay.stages.decode import stage
 
-    run, config = run_folder.open_run(path)
     under_way = closing.Stage(run)
-    say_blas()
     model = config.model
     budget_bytes = memory.budget_bytes(config.memory.budget)
     made = stage.decode(run.path, folders.find(model.path, vae=model.vae), say, budget_bytes)
     say(f"the contact sheet is {run.path / 'previews' / 'sheet.png'}")
-    under_way.close(f"decoded {len(made)} previews", shlex.join(["relay", "report", str(path)]))
+    under_way.close(f"decoded {len(made)} previews", then)
 
 
 def report(paths: tuple[Path, ...], output: Path | None) -> None:

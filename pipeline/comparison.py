@@ -276,7 +276,7 @@ def _previews(runs: Sequence[Run]) -> str:
     bodies = [_of_prompt((prompt, name), runs, found, steps) for prompt, name in names.items()]
     head = "".join(f'<th scope="col">step {step:,}</th>' for step in steps)
     table = f'<table class="previews"><thead><tr><th></th>{head}</tr></thead>{"".join(bodies)}</table>'
-    hint = '<p class="hint">Some are not decoded yet: <code>relay decode RUN</code> does it.</p>\n'
+    hint = '<p class="hint">Some are not decoded yet: <code>relay decode RUN…</code> does it.</p>\n'
     waiting = any(one.picture is None for of in found for one in of.values())
     newest = [_newest(run, of) for run, of in zip(runs, found, strict=True)]
     return f'<h2>Previews</h2>\n{hint if waiting else ""}{compare(*newest[:2])}\n<div class="scroll">{table}</div>'

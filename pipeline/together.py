@@ -1,7 +1,6 @@
 """`relay train` on several runs at once: each with its own folder, lock, journal and page, all over one base."""
 
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -74,7 +73,7 @@ def train(
         if left:
             _train(left)
         else:
-            say(f"next: {_report([config.run.folder for config in configs])}")
+            say(f"next: {commands.after_training([config.run.folder for config in configs])}")
 
 
 def agree(configs: Sequence[Config]) -> None:
@@ -116,7 +115,7 @@ def _train(members: Sequence[_Member]) -> None:
 
 def _close(under_way: closing.Stage, members: Sequence[_Member], ended: "Mapping[str, Ended]") -> None:
     whole = all(ended[str(of.run.path)].done >= of.config.train.steps for of in members)
-    then = _report([member.run.path for member in members]) if whole else closing.same_config("train")
+    then = commands.after_training([member.run.path for member in members]) if whole else closing.same_config("train")
     steps = sum(one.done for one in ended.values())
     under_way.close(
         f"{len(members)} runs together, {steps} of {sum(of.config.train.steps for of in members)} steps done", then
@@ -124,7 +123,3 @@ def _close(under_way: closing.Stage, members: Sequence[_Member], ended: "Mapping
     faults = [f"{name}: {one.fault}" for name, one in ended.items() if one.fault is not None]
     if faults:
         raise RelayError(listing(f"{len(faults)} of {len(members)} runs did not come to their end:", faults))
-
-
-def _report(folders: Sequence[object]) -> str:
-    return shlex.join(["relay", "report", *map(str, folders)])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,12 @@ def test_runs_of_a_sweep_are_those_that_are_trained_alone(encoded: Make) -> None
     assert outcome.status == 0, outcome.said
     assert "memory for 4 runs together" in outcome.said
     assert "4 runs together, 24 of 24 steps done" in outcome.said
-    assert "next: relay report" in outcome.said
     runs = together.folder / "runs"
+    every = [str(runs / name) for name in NAMES]
+    assert f"next: {shlex.join(['relay', 'decode', *every])}" in outcome.said
+    said = relay("decode", *every).said
+    assert said.count("the contact sheet is") == 4
+    assert said.endswith(f"next: {shlex.join(['relay', 'report', *every])}\n")
     assert sorted(path.name for path in runs.iterdir()) == sorted(NAMES)
     for name in NAMES:
         rank, lr = name.removeprefix("tiny-rank").split("-lr")
