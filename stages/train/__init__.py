@@ -22,6 +22,7 @@ objective.py    noise, sigma, loss
 backprop.py     gradients block by block
 step.py         the gradients of a whole step
 turns.py        several passes taken block by block together
+beside.py       LoRAs of several runs at one linear
 shared_base.py  the base under several trainings at once
 many.py         the stage for several runs together
 optimizer.py    the update

@@ -6,7 +6,8 @@ pass takes the blocks from the last to the first (`backward.py`), as far as adap
 The modulation depends on sigma and guidance alone, and only block linears carry adapters: it is a constant here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from flux2_relay.stages.train import blocks, objective, turns
 from flux2_relay.stages.train.backward import Backward
 from flux2_relay.stages.train.blocks import KeptDouble
+from flux2_relay.stages.train.cuts import joined, split
 from flux2_relay.stages.train.embeddings import Rotary
 from flux2_relay.stages.train.kinds import Named
 from flux2_relay.stages.train.objective import Batch
@@ -50,24 +52,57 @@ def in_turns(
     options: TrainOptions | None = None,
 ) -> Way[tuple[mx.array, Gradients]]:
     """`loss_and_gradients` as a way through the blocks: 0 before them, 1 … blocks forward, the next numbers back."""
-    yield 0
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
-    weight = mx.array(objective.loss_weight(np.asarray(sigma), options or TrainOptions()))
-    weight = weight if batch.item_weight is None else weight * batch.item_weight
-    tokens, ids = batch.with_references(objective.add_noise(batch.latents, noise, sigma))
-    modulation, rotary = transformer.modulation(sigma, guidance), transformer.rotary(ids, batch.text_ids)
-    run = _Pass(transformer, modulation, rotary, transformer.pieces)
-    hidden = yield from run.forward(*transformer.embed(tokens, batch.context))
-    text_rows, rows = batch.context.shape[1], batch.latents.shape[1]
+    (loss,), gradients = yield from side_by_side(
+        transformer, [Given(batch, sigma, noise, guidance, options or TrainOptions())]
+    )
+    return loss, gradients
 
-    def head(hidden: mx.array) -> mx.array:
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a pass goes through the blocks with; arguments of `loss_and_gradients`."""
+
+    batch: Batch
+    sigma: mx.array
+    noise: mx.array
+    guidance: mx.array | None
+    options: TrainOptions
+
+    def inputs(self) -> tuple[mx.array, mx.array]:
+        """Noisy tokens [B, L, 128] and their position ids, those of the references behind them."""
+        return self.batch.with_references(objective.add_noise(self.batch.latents, self.noise, self.sigma))
+
+    def loss(self, velocity: mx.array) -> mx.array:
+        """What is asked of a velocity [B, L, 128]."""
+        weight = mx.array(objective.loss_weight(np.asarray(self.sigma), self.options))
+        weight = weight if self.batch.item_weight is None else weight * self.batch.item_weight
+        return objective.loss(velocity, self.batch.latents, self.noise, weight, self.batch.mask)
+
+
+def side_by_side(transformer: Transformer, passes: Sequence[Given]) -> Way[tuple[list[mx.array], Gradients]]:
+    """Passes of one bucket as one batch -> the loss of each, and the gradients of their sum."""
+    yield 0
+    tokens, ids = zip(*(one.inputs() for one in passes), strict=True)
+    context = [one.batch.context for one in passes]
+    guidance = [one.guidance for one in passes if one.guidance is not None]
+    modulation = transformer.modulation(
+        joined([one.sigma for one in passes], axis=0), joined(guidance, axis=0) if guidance else None
+    )
+    run = _Pass(transformer, modulation, transformer.rotary(ids[0], passes[0].batch.text_ids), transformer.pieces)
+    hidden = yield from run.forward(*transformer.embed(joined(tokens, axis=0), joined(context, axis=0)))
+    text_rows, rows = context[0].shape[1], passes[0].batch.latents.shape[1]
+
+    def head(hidden: mx.array) -> tuple[mx.array, list[mx.array]]:
         velocity = transformer.output(hidden[:, text_rows : text_rows + rows], modulation)  # references left out
-        return objective.loss(velocity, batch.latents, noise, weight, batch.mask)
+        parts = split(velocity, len(passes), axis=0) if len(passes) > 1 else [velocity]
+        losses = [one.loss(part) for one, part in zip(passes, parts, strict=True)]
+        return sum(losses[1:], losses[0]), losses
 
-    loss, cotangent = mx.value_and_grad(head)(hidden)
+    (_, losses), cotangent = mx.value_and_grad(head)(hidden)
     gradients = yield from run.backward(cotangent, text_rows)
     transformer.pieces.settle()
-    return loss, gradients
+    return losses, gradients
 
 
 class _Pass:

@@ -120,9 +120,9 @@ def pace_of(spec: TransformerSpec, layout: Layout, train: TrainOptions) -> dict[
 def choose(spec: TransformerSpec, loads: Load | Sequence[Load], options: MemoryOptions, budget_bytes: int) -> Layout:
     """The fastest layout whose predicted peak stays under the budget, for one training or for several together.
 
-    In this order: bfloat16 resident, 8 bit resident, 4 bit resident, 4 bit with as many blocks resident as fit, each with
-    fewer pieces in flight where that is what it takes; then what is left goes to kept projections. Explicit settings are
-    obeyed. InputError says the smallest budget that works.
+    In this order: bfloat16 resident, 8 bit resident, 4 bit resident, 4 bit with as many blocks resident as fit, each
+    with several runs taken in turns and then with fewer pieces in flight where that is what it takes; then what is left
+    goes to kept projections. Explicit settings are obeyed. InputError says the smallest budget that works.
     """
     loads = [loads] if isinstance(loads, Load) else loads
     tried = [

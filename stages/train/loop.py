@@ -102,7 +102,7 @@ def load(job: Job, folders: ModelFolders, spec: TransformerSpec, layout: Layout,
         transformer = load_transformer(folders.root, spec, layout.bits, dtype, residence, copy)
         if copy is not None and layout.bits in QUANTIZED_BITS:
             say(f"quantized blocks are kept in {copy} ({in_words(kept_bytes(copy))})")
-    transformer.keep, transformer.attention_heads = layout.keep, layout.heads
+    transformer.keep, transformer.attention_heads, transformer.joins = layout.keep, layout.heads, layout.joined
     if layout.pieces is not None:
         transformer.pieces.ahead = layout.pieces
     weights = layout.stored or f"{layout.bits} bit"

@@ -20,15 +20,14 @@ from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.measure import in_words, peak_bytes
 from flux2_relay.stages.one_model import in_turn
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import base, layout, loop, turns
+from flux2_relay.stages.train import base, layout, loop
 from flux2_relay.stages.train.batches import Loaded, Steps, load_ahead
 from flux2_relay.stages.train.job import Job, Journal
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import TrainOptions
 from flux2_relay.stages.train.shared_base import shared
-from flux2_relay.stages.train.step import Found, gradients_in_turns
+from flux2_relay.stages.train.step import Asked, Found, gradients_together
 from flux2_relay.stages.train.transformer import Transformer, stock_of
-from flux2_relay.stages.train.turns import Way
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +70,8 @@ def layout_of(jobs: Sequence[Job], spec: TransformerSpec, stored: base.Stock | N
 def pace_of(spec: TransformerSpec, planned: Layout, trains: Sequence[TrainOptions]) -> dict[str, object]:
     """What seconds a step of all runs together depend on, for `figures`."""
     each = [layout.pace_of(spec, planned, train) for train in trains]
-    return {**each[0], "together": [[of["batch"], of["accumulate"]] for of in each]}
+    together = [[of["batch"], of["accumulate"]] for of in each]
+    return {**each[0], "together": together, "joined": planned.joined}
 
 
 def _load_and_train(
@@ -122,7 +122,7 @@ def _steps(runs: Sequence["_Going"], pace: list[float]) -> None:
 def _one_step(going: Sequence["_Going"], tick: Callable[[], object]) -> None:
     """One pass through the blocks with the next step of every run, then what each of them makes of it."""
     started = time.perf_counter()
-    found = turns.together([one.gradients() for one in going])
+    found = gradients_together([one.asked() for one in going]) if going else []
     seconds = time.perf_counter() - started
     for one in going:
         one.learn(found.pop(0), seconds)
@@ -164,10 +164,10 @@ class _Going:
             self._loaded = next(self._loads)
         return self.is_going
 
-    def gradients(self) -> Way[Found]:
-        """The way of the next step through the blocks."""
+    def asked(self) -> Asked:
+        """The next step."""
         assert self._loaded is not None
-        return gradients_in_turns(self.run.transformer, self._loaded, self.run.terms)
+        return Asked(self.run.transformer, self._loaded, self.run.terms)
 
     def learn(self, found: Found, seconds: float) -> None:
         """The update from what was found in `seconds`, and what is due after it."""

@@ -55,6 +55,8 @@ class Transformer:
     """The last blocks whose wide projections the forward pass keeps for the backward pass."""
     attention_heads: int = 0
     """Heads that attention's backward pass takes at a time; 0 is all."""
+    joins: bool = False
+    """Whether passes of several runs over it may go through its blocks as one batch."""
     pieces: Pieces = field(default_factory=Pieces)
     """Runs pieces compiled and a bounded way ahead, for gradients and for sampling."""
     run: Run = direct

@@ -99,13 +99,13 @@ def test_broken_off_together_they_go_on_together_or_alone(encoded: Make) -> None
 
 def test_a_run_that_fails_does_not_stop_the_others(encoded: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     project = encoded(previews={"every": 0})
-    gradients = many.gradients_in_turns
+    gradients = many.gradients_together
 
-    def spoiled(transformer: Any, loaded: Any, terms: Any) -> Any:
-        loss, found, sigmas = yield from gradients(transformer, loaded, terms)
-        return (loss * mx.nan if terms.options.lr == 5e-3 else loss), found, sigmas
+    def spoiled(steps: Any) -> Any:
+        found = zip(steps, gradients(steps), strict=True)
+        return [(of[0] * mx.nan if one.terms.options.lr == 5e-3 else of[0], *of[1:]) for one, of in found]
 
-    monkeypatch.setattr(many, "gradients_in_turns", spoiled)
+    monkeypatch.setattr(many, "gradients_together", spoiled)
     outcome = project.relay("train", "--sweep", "train.lr=1e-3,5e-3")
     assert outcome.status == 1
     runs = project.folder / "runs"

@@ -13,13 +13,15 @@ import pytest
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize
 from flux2_relay.stages.spec import DEV, TransformerSpec
-from flux2_relay.stages.train import layout, lora, optimizer, turns
-from flux2_relay.stages.train.backprop import in_turns, loss_and_gradients
+from flux2_relay.stages.train import layout, lora, optimizer
+from flux2_relay.stages.train.backprop import loss_and_gradients
+from flux2_relay.stages.train.batches import Draw, Item, Loaded
 from flux2_relay.stages.train.layout import Layout, Load
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.shared_base import shared
+from flux2_relay.stages.train.step import Asked, Terms, gradients_together
 from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
 
 SIDE, TEXT = 12, 48
@@ -223,7 +225,7 @@ def measured_together(spec: TransformerSpec, plan: Layout, runs: int) -> int:
     mx.clear_cache()
     before = mx.get_active_memory()
     model = shared(random_model(spec, plan))
-    models = [replace(model, adapters={}) for _ in range(runs)]
+    models = [replace(model, adapters={}, joins=plan.joined) for _ in range(runs)]
     for number, one in enumerate(models):
         lora.attach(one, OPTIONS, seed=number)
     updates = [optimizer.Optimizer(TrainOptions(), lora.parameters(one)) for one in models]
@@ -237,10 +239,8 @@ def measured_together(spec: TransformerSpec, plan: Layout, runs: int) -> int:
     mx.eval(batch.latents, batch.context)
     mx.reset_peak_memory()
     for step in range(2):
-        noises = [mx.random.normal((1, rows, 128)) for _ in models]
-        ways = [in_turns(one, batch, mx.array([0.5]), noise, None) for one, noise in zip(models, noises, strict=True)]
-        found = turns.together(ways)
-        mx.eval(found)
+        loaded = Loaded(step, [([Draw(0, Item("", "", (SIDE, SIDE), ("",)), "")], batch)], 0.0)
+        found = gradients_together([Asked(one, loaded, Terms(n, TrainOptions(), 0.0)) for n, one in enumerate(models)])
         for one, update in zip(models, updates, strict=True):
             gradients, _ = optimizer.clip(found.pop(0)[1], 1.0)
             lora.load(one, update.update(lora.parameters(one), gradients, step))
@@ -258,3 +258,30 @@ def test_the_plan_of_runs_together_is_within_a_tenth_of_what_is_measured(bits: i
     plan = layout.choose(spec, loads, MemoryOptions(bits=bits, stream=stream), budget)  # pyright: ignore[reportArgumentType]
     assert (plan.keep > 0, plan.resident) == (kept > 0, resident)
     assert measured_together(spec, plan, 3) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
+
+
+@pytest.mark.parametrize(("bits", "resident"), [(32, 4), (8, 0)])
+def test_so_is_the_plan_of_runs_whose_passes_are_one_batch(bits: int, resident: int) -> None:
+    spec = SPECS["384 wide"]
+    loads = [load_of(spec)] * 3
+    plan = layout.predict_together(spec, loads, bits, resident, joined=True)
+    assert (
+        plan.parts["one block's work"] == 3 * layout.predict(spec, loads[0], bits, resident).parts["one block's work"]
+    )
+    assert measured_together(spec, plan, 3) == pytest.approx(plan.peak_bytes, rel=0.1), plan.in_words()
+
+
+def test_passes_are_one_batch_on_a_gpu_where_memory_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS["384 wide"]
+    loads, options = [load_of(spec)] * 3, MemoryOptions(bits=32, stream="never")
+    assert not layout.choose(spec, loads, options, 10**12).joined
+    monkeypatch.setattr(layout.memory, "is_gpu", lambda: True)
+    joined, apart = (layout.predict_together(spec, loads, 32, spec.blocks, joined=of) for of in (True, False))
+    assert layout.choose(spec, loads, options, joined.peak_bytes).joined
+    assert not layout.choose(spec, loads, options, joined.peak_bytes - 1).joined
+    assert apart.peak_bytes < joined.peak_bytes
+    assert not layout.choose(spec, [replace(load, kind="dora") for load in loads], options, 10**12).joined
+    assert not layout.choose(spec, loads[:1], options, 10**12).joined
+    mixed = [loads[0], replace(loads[0], dropout=True), loads[0]]
+    plan = layout.predict_together(spec, mixed, 32, spec.blocks, joined=True)
+    assert apart.peak_bytes < plan.peak_bytes < joined.peak_bytes

@@ -1,5 +1,6 @@
 """Several trainings over one base: each is, bit for bit, what it is alone, and a block is fetched once for all."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from flux2_relay.cache.errors import RelayError
 from flux2_relay.pipeline import commands
 from flux2_relay.pipeline.config import load_config
 from flux2_relay.stages import quantize
-from flux2_relay.stages.train import loop, many, shared_base, turns
+from flux2_relay.stages.train import loop, many, shared_base, step, turns
 from flux2_relay.stages.train.job import Job
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.transformer import Transformer, block_shapes, load_transformer
@@ -98,6 +99,44 @@ def test_each_run_is_bit_for_bit_what_it_is_alone(encoded: Any, memory: tuple[st
         assert all(mx.array_equal(found[key], expected[key]) for key in expected), one.name
 
 
+JOINED = {
+    "wide": ("lora.rank=4", "train.lr=1e-3"),
+    "narrow": ("lora.rank=2", "lora.alpha=3", "lora.targets=[to_q, to_qkv_mlp_proj]"),
+    "late": ("run.seed=5", "train.steps=20", "lora.targets=[single_transformer_blocks.1.attn.to_out]"),
+    "more": ("lora.rank=3", "train.steps=4", "train.accumulate=2"),
+}
+APART = {"dropping": ("lora.dropout=0.2",), "dora": ("lora.kind=dora",)}
+STREAMED = ("memory.bits=8", "memory.stream=always", "train.steps=3")
+
+
+@pytest.mark.parametrize(
+    ("memory", "varied"), [(("memory.bits=32",), JOINED), (STREAMED, JOINED | APART)], ids=["fifty steps", "streamed"]
+)
+def test_joined_runs_equal_the_runs_alone(
+    encoded: Any, memory: tuple[str, ...], varied: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-5: products over more rows may be summed in another order."""
+    changes = {"train": {"steps": 50, "batch": 1}, "save": {"every": 50}}
+    runs, alone, joined, through = encoded(**changes), encoded(**changes), Counter[int](), step.side_by_side
+    entries = [entry(runs, name, *settings, *memory) for name, settings in varied.items()]
+    model = load(entries[0].job)
+    model.joins = True
+    monkeypatch.setattr(step, "side_by_side", lambda *of: (joined.update([len(of[1])]), through(*of))[1])
+    many.train(entries, model)
+    model.residence.close()
+    assert joined[2] + joined[3] + joined[4] >= (50 if varied is JOINED else 3), "those of one bucket are joined"
+    for one in entries:
+        other = entry(alone, one.name, *varied[one.name], *memory)
+        model = load(other.job)
+        loop.train(other.job, model, other.journal)
+        model.residence.close()
+        for line, wanted in zip(lines(one).numbers(), lines(other).numbers(), strict=True):
+            assert line == {key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()}
+        found, expected = adapter(one), adapter(other)
+        assert found.keys() == expected.keys()
+        assert max(float(mx.abs(found[key] - expected[key]).max()) for key in expected) < 1e-5
+
+
 class Counted(Streamed):
     """Counts what is read."""
 
@@ -164,14 +203,14 @@ def test_a_run_may_be_asked_to_stop(encoded: Any) -> None:
 def test_a_failing_device_stops_all_and_says_where_each_goes_on(encoded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     project = encoded()
     entries = [entry(project, "one", "save.every=1"), entry(project, "two")]
-    together = turns.together
+    together = many.gradients_together
 
     def fails(ways: Any) -> Any:
         if lines(entries[0]).steps:
             raise RuntimeError("[METAL] out of memory")
         return together(ways)
 
-    monkeypatch.setattr(many.turns, "together", fails)
+    monkeypatch.setattr(many, "gradients_together", fails)
     with pytest.raises(RelayError, match="one: the next start goes on from the checkpoint of step 1; two: the next"):
         many.train(entries, load(entries[0].job))
 
