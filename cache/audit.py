@@ -6,13 +6,16 @@ out of sight and then looks for new sets. Whichever of the two came second sees 
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux2_relay.cache import durable
+from flux2_relay.cache.encoding import Damage
 from flux2_relay.cache.errors import StoreError
-from flux2_relay.cache.sets import SetRecord, needs, pinned
-from flux2_relay.cache.store import KINDS, Store
+from flux2_relay.cache.nodes import Folder
+from flux2_relay.cache.sets import SetRecord, needs, parse_set, pinned
+from flux2_relay.cache.store import KINDS, Store, is_whole
 
 _LEFTOVER_SECONDS = 24 * 3600  # no entry takes a day to write
 _THREADS = 4  # blosc and sha256 free the GIL
@@ -103,9 +106,10 @@ def verify(store: Store, *, full: bool = True, repair: bool = False, progress: P
     names = [(kind, key) for kind in ("sets", *KINDS) for key in sorted(_names(store, kind))]
     faults: list[Fault] = []
     for done, ((kind, key), reason) in enumerate(_examine_all(store, names, full), start=1):
-        if reason is not None:
-            repaired = repair and store.set_aside(kind, key) is not None
-            faults.append(Fault(kind=kind, key=key, reason=reason, repaired=repaired))
+        if reason is not None and store.examine(kind, key, full=full) is not None:  # `gc` had it out of sight, or so
+            repaired = repair and store.withdraw(kind, key)
+            if repaired or not repair:
+                faults.append(Fault(kind=kind, key=key, reason=reason, repaired=repaired))
         if progress is not None:
             progress(done, len(names))
     unreadable = {fault.key for fault in faults if fault.kind == "sets"}
@@ -115,6 +119,22 @@ def verify(store: Store, *, full: bool = True, repair: bool = False, progress: P
         missing=_missing(store, unreadable),
         leftovers=sum(1 for _ in store.nodes.leftovers(everywhere=True)),
     )
+
+
+def mend(store: Store, wanted: Mapping[str, Collection[str]]) -> list[Fault]:
+    """Check quickly those of these entries that are there, and take what is damaged out of sight -> those.
+
+    A copy of a store that was interrupted leaves entries cut short. In a bucket, where an object comes whole or not at
+    all, nothing is looked at: it would take two requests an entry.
+    """
+    if not isinstance(store.nodes, Folder):
+        return []
+    names = [(kind, key) for kind, keys in wanted.items() for key in keys]
+    return [
+        Fault(kind=kind, key=key, reason=reason, repaired=True)
+        for (kind, key), reason in _examine_all(store, names, full=False)
+        if reason is not None and store.withdraw(kind, key)
+    ]
 
 
 def gc(
@@ -133,8 +153,7 @@ def gc(
     """
     doomed = _doomed_sets(store.sets(), keep, drop)  # refuses a damaged set: what it pins cannot be known
     if not dry_run:
-        for record in doomed:
-            _remove(store.set_aside("sets", record.key))
+        doomed = [record for record in doomed if _drop(store, record)]
     pins = _Pins(store, without={record.key for record in doomed} if dry_run else set())
     garbage = [(kind, key) for kind in KINDS for key in sorted(_names(store, kind) - pins.look())]
     collected: dict[str, list[str]] = {kind: [] for kind in KINDS}
@@ -164,8 +183,10 @@ def sweep(store: Store, *, now: float, dry_run: bool = False, everywhere: bool =
     """
     old = [left for left in store.nodes.leftovers(everywhere) if now - left.changed > _LEFTOVER_SECONDS]
     if not dry_run:
+        pins = _Pins(store, without=())
         for left in old:
-            left.delete()
+            if left.node is None or not _rescued(store, *left.node, pins):
+                left.delete()
     return len(old)
 
 
@@ -207,7 +228,11 @@ def stats(store: Store, progress: Progress | None = None) -> Stats:
 
 
 class _Pins:
-    """What the sets mention, kept up to date by looking only at sets not seen before: a set never changes."""
+    """What the sets mention, kept up to date by looking only at sets not seen before: a set never changes.
+
+    A set that lies in tmp counts, too: another `gc` may be about to put it back, or it was damaged and is to be
+    made anew.
+    """
 
     def __init__(self, store: Store, without: Collection[str]) -> None:
         self._store = store
@@ -215,6 +240,12 @@ class _Pins:
         self._keys: set[str] = set()
 
     def look(self) -> set[str]:
+        for left in self._store.nodes.leftovers(everywhere=False):
+            kind, _, aside = left.node or ("", "", Path())
+            if kind == "sets" and aside.name not in self._seen:
+                with suppress(OSError):
+                    self._keys |= pinned((aside / "zarr.json").read_bytes())
+                    self._seen.add(aside.name)
         for key in _names(self._store, "sets") - self._seen:
             try:
                 self._keys |= pinned(self._store.nodes.read("sets", key, ("zarr.json",))["zarr.json"])
@@ -237,13 +268,30 @@ def _collect(store: Store, kind: str, key: str, pins: _Pins) -> bool:
     if needed:
         store.put_back(aside, kind, key)
         return False
-    _remove(aside)
+    durable.discard(aside)
     return True
 
 
-def _remove(aside: Path | None) -> None:
-    if aside is not None:
-        durable.remove_folder(aside)
+def _drop(store: Store, record: SetRecord) -> bool:
+    """Remove a set, unless it was published anew since it was chosen -> is it gone?"""
+    aside = store.set_aside("sets", record.key)
+    if aside is None:
+        return True
+    with suppress(OSError, Damage):
+        if parse_set((aside / "zarr.json").read_bytes(), record.key).at != record.at:
+            store.put_back(aside, "sets", record.key)
+            return False
+    durable.discard(aside)
+    return True
+
+
+def _rescued(store: Store, kind: str, key: str, aside: Path, pins: _Pins) -> bool:
+    """Put back an entry that a `gc` took out of sight and did not live to put back itself -> was it one?"""
+    if kind not in KINDS or key not in pins.look() or not is_whole(aside, kind, key):
+        return False
+    with suppress(OSError):  # another `gc` had the same thought
+        store.nodes.put_back(aside, kind, key)
+    return True
 
 
 def _doomed_sets(records: list[SetRecord], keep: int | None, drop: Collection[str]) -> list[SetRecord]:

@@ -54,7 +54,7 @@ def replace_file(data: bytes, tmp: Path, place: Path) -> bool:
 
 def set_aside(place: Path, tmp: Path) -> Path | None:
     """Take a folder out of sight whole, into `tmp` -> where it is now, or None if it was not there."""
-    aside = tmp / uuid4().hex
+    aside = aside_of(place.parent.name, place.name, tmp)
     with suppress(OSError):  # somebody else's folder, or gone: the rename decides
         os.utime(place)  # old children of tmp are deleted by age: this one begins to count now
     try:
@@ -68,8 +68,31 @@ def set_aside(place: Path, tmp: Path) -> Path | None:
 def put_back(aside: Path, place: Path) -> None:
     """Undo `set_aside`; if somebody has published `place` anew meanwhile, theirs stays."""
     if not _rename_unless_there(aside, place):
-        remove_folder(aside)
+        discard(aside)
     sync_folder(place.parent)
+
+
+def aside_of(kind: str, key: str, tmp: Path) -> Path:
+    """A new name in `tmp` for what is taken out of sight; it tells what it was, should nobody live to decide on it."""
+    return tmp / f"{kind}.{key}.{uuid4().hex}"
+
+
+def was(aside: Path) -> tuple[str, str] | None:
+    """What lies in a child of `tmp` that `set_aside` made -> (kind, key), or None."""
+    parts = aside.name.split(".")
+    return (parts[0], parts[1]) if len(parts) == 3 else None
+
+
+def discard(path: Path) -> None:
+    """Delete a child of `tmp`, unless somebody else has just taken it.
+
+    It loses its name first: a writer may wake up after a day, or clocks differ by one, and what he then puts into the
+    store must not be half deleted.
+    """
+    nameless = path.with_name(uuid4().hex)
+    with suppress(OSError):  # gone, or not to be deleted: what stays is swept up by age
+        os.rename(path, nameless)
+        remove_folder(nameless)
 
 
 def probe(tmp: Path) -> None:

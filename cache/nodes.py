@@ -26,6 +26,8 @@ class Leftover:
     changed: float
     """When it was last touched, in seconds since 1970."""
     delete: Callable[[], None]
+    node: tuple[str, str, Path] | None = None
+    """Kind, key and folder of a node that was taken out of sight."""
 
 
 class Nodes(Protocol):
@@ -119,8 +121,8 @@ class Folder:
         return (self.path / kind / key).exists()
 
     def read(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
-        """Read files of a node -> bytes by name."""
-        return {name: (self.path / kind / key / name).read_bytes() for name in names}
+        """Read files of a node, of one and the same even if another takes its place meanwhile -> bytes by name."""
+        return read_folder(self.path / kind / key, names)
 
     def fetch(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
         """Read files of a node; nothing is nearer than a folder."""
@@ -169,11 +171,21 @@ class Folder:
                     continue  # its writer has just finished with it
                 path = Path(child.path)
                 touched = max(status.st_mtime, status.st_ctime)
-                yield Leftover(touched, lambda path=path: durable.remove_folder(path))
+                was = durable.was(path)
+                yield Leftover(touched, lambda path=path: durable.discard(path), (*was, path) if was else None)
 
     @property
     def _tmp(self) -> Path:
         return self.path / "tmp"
+
+
+def read_folder(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Read files of one folder -> bytes by name; of that folder also when another gets its name meanwhile."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return {name: _read_in(opened, name) for name in names}
+    finally:
+        os.close(opened)
 
 
 def create_folder(root: Path) -> None:
@@ -227,7 +239,7 @@ def complete_folder(root: Path) -> None:
         if not group.exists():
             durable.publish_folder(files, root, group)
         else:
-            durable.write_and_sync(group / "zarr.json", files["zarr.json"])
+            durable.replace_file(files["zarr.json"], root, group / "zarr.json")
     durable.probe(root / "tmp")
 
 
@@ -235,3 +247,8 @@ def skeleton() -> dict[str, bytes]:
     """An empty store: its zarr.json by path, the root's first."""
     groups = {"zarr.json": encoding.build_group({"format": FORMAT, "version": VERSION})}
     return groups | {f"{name}/zarr.json": encoding.build_group({}) for name in GROUPS}
+
+
+def _read_in(folder: int, name: str) -> bytes:
+    with open(name, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags, dir_fd=folder)) as file:
+        return file.readall()

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from uuid import uuid4
 
 from flux2_relay.cache import durable, encoding
 from flux2_relay.cache.encoding import Damage
@@ -234,7 +233,7 @@ class Remote:
         """Move a node into the copies' tmp: zarr.json goes first, so that no reader misses the chunk."""
         if not self.has(kind, key):
             return None
-        aside = self.path / "tmp" / uuid4().hex
+        aside = durable.aside_of(kind, key, self.path / "tmp")
         aside.mkdir()
         names = ("zarr.json",) if kind == "sets" else encoding.file_names(kind)
         for name in names:
@@ -252,7 +251,7 @@ class Remote:
             self.bucket.create(f"{kind}/{key}/zarr.json", node["zarr.json"])
         elif set(node) == set(encoding.file_names(kind)):  # else it was damaged, or another `gc` has all of it
             self.bucket.publish(kind, key, node)
-        durable.remove_folder(aside)
+        durable.discard(aside)
 
     def leftovers(self, everywhere: bool) -> Iterator[Leftover]:
         """Children of the copies' tmp; `everywhere`: also chunks whose writer never came to the zarr.json."""

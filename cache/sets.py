@@ -10,15 +10,17 @@ import gc
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from flux2_relay.cache.encoding import Damage, build_group, parse_object, plain
 from flux2_relay.cache.errors import InputError
 from flux2_relay.cache.keys import key_of
 
+_AT = re.compile(rb'"made":\{[^{}]*?"at":"([^"]*)"')
 _QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
 
 
@@ -81,6 +83,20 @@ def needs(body: Mapping[str, Any]) -> dict[str, list[str]]:
 def pinned(zarr_json: bytes) -> set[str]:
     """Find whatever looks like a key in a set's zarr.json; what a set so much as mentions, `gc` spares."""
     return {match.decode() for match in _QUOTED_KEY.findall(zarr_json)}
+
+
+def later(at: str, zarr_jsons: Iterable[bytes]) -> str:
+    """A time, or where it is not after all those of these sets, the moment after them: UTC in ISO 8601.
+
+    Machines' clocks differ, and one that starts without its battery says 1970.
+    """
+    newest = max((match[1].decode() for text in zarr_jsons if (match := _AT.search(text))), default="")
+    if newest < at:
+        return at
+    try:
+        return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat()
+    except (ValueError, OverflowError):  # not written by us
+        return at
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from flux2_relay.cache.encoding import Damage, Entry, Header
 from flux2_relay.cache.errors import RelayError, StoreError
 from flux2_relay.cache.keys import KEY, key_of
 from flux2_relay.cache.nodes import Folder, Nodes
-from flux2_relay.cache.sets import SetRecord, build_set, needs, parse_set
+from flux2_relay.cache.sets import SetRecord, build_set, later, needs, parse_set
 
 KINDS = tuple(encoding.DIMENSIONS)
 """text, latents, masks."""
@@ -103,11 +103,8 @@ class Store:
         """
         _checked(key)
         try:
-            if kind == "sets":
-                parse_set(self._zarr_json(kind, key), key)
-            elif full:
-                node = self.nodes.read(kind, key, encoding.file_names(kind))
-                encoding.check_content(encoding.decode(node, kind, key))
+            if full or kind == "sets":
+                _check(kind, key, self.nodes.read(kind, key, _files(kind)))
             else:
                 size = self.nodes.size(kind, key, encoding.chunk_name(kind))
                 encoding.parse_header(self._zarr_json(kind, key), kind, key, size)
@@ -142,7 +139,7 @@ class Store:
             raise StoreError(f"a key of kind {key_object['kind']!r} cannot name an entry of kind {kind!r}")
         key = key_of(key_object)
         with self._told(kind, key, 0):
-            if self.has(_known(kind), key):
+            if self.has(_known(kind), key) and (self.examine(kind, key) is None or not self.withdraw(kind, key)):
                 self.nodes.confirm(kind)
                 return key
         self.publish_node(kind, key, encoding.build(kind, key_object, array, made, self.codec))
@@ -159,7 +156,19 @@ class Store:
         aside = self.set_aside(kind, key)
         if aside is None:
             raise StoreError(f"{self._called(kind, key)} is missing, so it cannot be removed.")
-        durable.remove_folder(aside)
+        durable.discard(aside)
+
+    def withdraw(self, kind: str, key: str) -> bool:
+        """Take what looked damaged out of sight -> False if it is not damaged after all, and so stays.
+
+        `examine` may have looked while `gc` had it out of sight, or between two entries of this name; once it is
+        aside nobody touches it any more.
+        """
+        aside = self.set_aside(kind, key)
+        if aside is None or not is_whole(aside, kind, key):
+            return True
+        self.put_back(aside, kind, key)
+        return False
 
     def set_aside(self, kind: str, key: str) -> Path | None:
         """Take an entry or a set out of sight, into tmp -> where it is now, or None if it was not there."""
@@ -184,6 +193,17 @@ class Store:
             self.nodes.publish_set(key, zarr_json)
         return key
 
+    def time_for_set(self, at: str) -> str:
+        """`at`, or a moment later where a clock that is ahead of ours has published a set: UTC in ISO 8601.
+
+        Whoever publishes a set with it has the newest one.
+        """
+        texts = []
+        for key in self._scan("sets"):
+            with suppress(OSError):  # damaged, or just dropped
+                texts.append(self._zarr_json("sets", key))
+        return later(at, texts)
+
     def sets(self) -> list[SetRecord]:
         """Read every set -> records, newest first. StoreError for a damaged one."""
         records = [record for key in self._scan("sets") if (record := self._read_set(key)) is not None]
@@ -194,7 +214,14 @@ class Store:
         return set(self._scan("sets"))
 
     def open_set(self, prefix: str) -> SetRecord:
-        """Read the one set whose key begins with `prefix`, or StoreError."""
+        """Read the one set whose key begins with `prefix`, or StoreError.
+
+        One whose whole key is given is looked for again after a second: `gc` may be about to put it back.
+        """
+        if KEY.fullmatch(prefix):
+            if (record := self._read_set(prefix)) is not None:
+                return record
+            self.wait(_LOOK_AGAIN_SECONDS)
         _, key = self.resolve(prefix, kinds=("sets",))
         record = self._read_set(key)
         if record is None:
@@ -306,6 +333,26 @@ def open(
                 raise _read_only(str(root), error) from error
             raise RelayError(f"{root} cannot be written: {error.strerror}.") from error
     return Store(Folder(root), mode, codec, wait)
+
+
+def is_whole(aside: Path, kind: str, key: str) -> bool:
+    """Say whether what was taken out of sight is undamaged, all of it read."""
+    try:
+        _check(kind, key, nodes.read_folder(aside, _files(kind)))
+    except (OSError, Damage):
+        return False
+    return True
+
+
+def _check(kind: str, key: str, files: Mapping[str, bytes]) -> None:
+    if kind == "sets":
+        parse_set(files["zarr.json"], key)
+    else:
+        encoding.check_content(encoding.decode(files, kind, key))
+
+
+def _files(kind: str) -> tuple[str, ...]:
+    return ("zarr.json",) if kind == "sets" else encoding.file_names(kind)
 
 
 def _read_only(name: str, error: OSError) -> StoreError:

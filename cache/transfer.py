@@ -59,9 +59,9 @@ def copy(source: Store, target: Store, progress: Progress | None = None) -> Copi
 
 
 def _copy_sets(records: list[SetRecord], target: Store) -> int:
-    there = target.set_keys()
-    lacking = [record for record in records if record.key not in there]
-    for record in lacking:
+    there = {record.key: record.at for record in target.sets()}
+    lacking = [record for record in records if there.get(record.key, "") < record.at or record.key not in there]
+    for record in lacking:  # one that is older over there is asked for last here, and so it must be there
         target.publish_set(record.body, record.made)
     return len(lacking)
 

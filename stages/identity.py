@@ -11,18 +11,21 @@ import json
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 from flux2_relay.cache.durable import memory_folder
+from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.weights import TensorInfo, Tensors
 
 _BLOCK, _BLOCKS = 4096, 64
 _CHUNK = 1 << 22
 _AT_ONCE = 500  # findings written together: a commit waits for the disk
 _SMALL = 1 << 30  # bytes hashed in about half a second
+_SETTLED_SECONDS = 2.0  # the coarsest clock of a file system, FAT's: a file may change twice within one tick
 
 
 def weights_identity(tensors: Tensors, names: Iterable[str], config: Mapping[str, object]) -> str:
@@ -100,9 +103,16 @@ def tensor_digests(infos: Iterable[TensorInfo]) -> dict[tuple[Path, str], str]:
             if unknown:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing frees the interpreter
                     known |= dict(zip(unknown, pool.map(_tensor_digest, unknown.values()), strict=True))
-                memo.put(key, json.dumps(known))
+                if _is_settled(file) and _weights_key(file) == key:
+                    memo.put(key, json.dumps(known))
             found |= {name_of(info): known[name_of(info)[1]] for info in wanted}
     return found
+
+
+def confirm(path: Path, sha256: object) -> None:
+    """Raise InputError unless a file's bytes, read now, are those that were hashed before."""
+    if _sha256(path) != sha256:
+        raise InputError(f"{path}: was changed while this command ran; run it again")
 
 
 def file_sha256(path: Path) -> str:
@@ -133,7 +143,9 @@ class Findings:
         key = f"{what}|{_facts(path)}"
         value = self._new.get(key) or self._memo.get(key)
         if value is None:
-            value = self._new[key] = find(path)
+            value = find(path)
+            if _is_settled(path) and f"{what}|{_facts(path)}" == key:
+                self._new[key] = value
             if len(self._new) >= _AT_ONCE:  # so that a kill costs little of the work
                 self._memo.put_all(self._new)
                 self._new = {}
@@ -169,6 +181,12 @@ def _weights_key(file: Path) -> str:
 def _facts(path: Path) -> str:
     stat = path.stat()
     return f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether its last change is so long ago that another would show in its times."""
+    stat = path.stat()
+    return time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS
 
 
 def _tripwire(file: Path) -> str:

@@ -23,8 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests remember digests in a folder of their own, never in the user's."""
+    """Tests remember digests in a folder of their own, never in the user's; of files a moment old, too."""
+    from flux2_relay.stages import identity
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identity, "_SETTLED_SECONDS", -1)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("memory")))
         yield
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flux2_relay.cache import Store, audit
 from flux2_relay.cache.errors import InputError, RelayError
-from flux2_relay.cache.sets import SetRecord
+from flux2_relay.cache.sets import SetRecord, needs
 from flux2_relay.cache.writer import Writer
 from flux2_relay.stages import blas, figures, fp8, identity, measure, names, packed, vae
 from flux2_relay.stages.encode import images, masks
@@ -100,6 +100,8 @@ def encode(job: Job) -> Encoded:
     for note in notes(job.samples, tokenizer):
         job.say(note)
     record = _publish_set(job, text, latents, want)
+    if damaged := audit.mend(job.store, job.shard.of(needs(record.body))):
+        job.say(f"{job.store.name}: {len(damaged)} damaged entries are made again, {damaged[0].key[:12]} among them")
     missing = job.store.missing(record, patient=False)
     present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, missing.values()))
     captions = pictures = 0
@@ -113,7 +115,7 @@ def encode(job: Job) -> Encoded:
         if keys := mine.get("latents"):
             done, unread = _latents_in_turn(job, vae_spec, own_order({key: want.latents[key] for key in keys}))
             pictures, bad = pictures + done, bad + unread
-        missing = job.store.missing(record, patient=False)
+        missing = _still_missing(job, record)
         if bad:
             raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
     if mine := job.shard.of(missing):
@@ -202,7 +204,16 @@ def _publish_set(job: Job, text: TextIdentity, latents: LatentsIdentity, want: W
         "samples": want.samples,
         "prompts": want.prompts,
     }
-    return job.store.open_set(job.store.publish_set(body, {**_made(), **job.told}))
+    made = {**_made(), **job.told}
+    made["at"] = job.store.time_for_set(str(made["at"]))
+    return job.store.open_set(job.store.publish_set(body, made))
+
+
+def _still_missing(job: Job, record: SetRecord) -> dict[str, list[str]]:
+    """What the store lacks at the end; a set that was dropped meanwhile is published again, so that it stays so."""
+    if record.key not in job.store.set_keys():
+        job.store.publish_set(record.body, record.made)
+    return job.store.missing(record, patient=False)
 
 
 def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> int:
@@ -279,6 +290,7 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
         for want in wants.values():
             try:
                 mask = masks.read_mask(want.image, want.placement, want.channel)
+                identity.confirm(want.image, want.key["source"])
             except InputError as error:
                 bad.append(str(error))
                 continue
@@ -315,6 +327,7 @@ def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -
                 continue
             try:
                 picture = images.read_pixels(want.image, want.placement, want.background)
+                identity.confirm(want.image, want.key["source"])  # it may be hours since it was hashed
                 latents = encoder.encode(mx.array(picture)[None], job.budget_bytes)[0]
             except RelayError as error:
                 bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")

@@ -3,12 +3,12 @@
 import errno
 import json
 import os
-import pathlib
 
 import numpy as np
 import pytest
 
 from flux2_relay import cache
+from flux2_relay.cache import nodes
 from flux2_relay.cache.audit import verify
 from flux2_relay.cache.errors import StoreError
 
@@ -206,10 +206,10 @@ def test_verify_repairs_a_set_and_says_how_far_it_is(store):
 def test_what_is_not_the_entrys_fault_is_no_reason_to_repair_it(store, monkeypatch, code):
     keys = _publish_all(store)
 
-    def refuse(self):
+    def refuse(folder, name):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    monkeypatch.setattr(nodes, "_read_in", refuse)
     with pytest.raises(StoreError, match="cannot be read: "):
         store.read("text", keys["text"])
     with pytest.raises(StoreError, match="cannot be read: "):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from tiny.compare import assert_near
 from tiny.project import Project
 
 from flux2_relay import cache
+from flux2_relay.cache import audit
 from flux2_relay.stages import spec, vae
 from flux2_relay.stages.encode import images, stage, text
 from flux2_relay.stages.encode.text import load_text_encoder
@@ -198,6 +200,79 @@ def test_the_fixed_picture_alone_is_encoded(own: Project) -> None:
     outcome = own.relay("encode")
     assert outcome.status == 0
     assert "encoded 0 captions and 1 images" in outcome.said
+
+
+@pytest.mark.parametrize("what", ["pictures", "masks"])
+def test_a_file_that_changes_after_it_was_hashed_is_not_stored_under_its_old_hash(
+    own: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Hours may lie between the two: what the file holds by then belongs under another key."""
+    masks, module = tmp_path / "masks", {"pictures": images, "masks": stage.masks}[what]
+    masks.mkdir()
+    Image.new("RGB", (64, 64), "red").save(own.data / "1.png")
+    for path in own.data.glob("*.png"):
+        with Image.open(path) as picture:
+            Image.new("L", picture.size, 99 if path.name == "1.png" else 128).save(masks / path.name)
+    changed = {"pictures": own.data, "masks": masks}[what] / "1.png"
+    read = {"pictures": "read_pixels", "masks": "read_mask"}[what]
+    real = getattr(module, read)
+
+    def late(path: Path, *rest: object) -> np.ndarray:
+        if path.name == changed.name:
+            Image.new("L", (64, 64), 77).save(changed)
+        return real(path, *rest)
+
+    project = own.write({"data": {"path": str(own.data), "masks": str(masks)}})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, read, late)
+        outcome = project.relay("encode")
+    assert outcome.status == 2
+    assert f"{changed}: was changed while this command ran; run it again" in outcome.said
+    store = cache.open(own.store)
+    missing = store.missing(store.sets()[0], patient=False)
+    assert {kind: len(of) for kind, of in missing.items()} == {{"pictures": "latents", "masks": "masks"}[what]: 1}
+    assert project.relay("encode").status == 0
+
+
+def test_a_damaged_entry_is_made_again(own: Project) -> None:
+    store = cache.open(own.store)
+    key = min(store.keys("latents"))
+    before = store.read("latents", key).array
+    (own.store / "latents" / key / "zarr.json").write_bytes(b"")
+    outcome = own.relay("encode")
+    assert outcome.status == 0, outcome.said
+    assert f"1 damaged entries are made again, {key[:12]} among them" in outcome.said
+    assert "encoded 0 captions and 1 images" in outcome.said
+    np.testing.assert_array_equal(store.read("latents", key).array, before)
+
+
+def test_a_set_that_is_dropped_meanwhile_is_there_at_the_end(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own.data / "1.txt").write_text("another caption")
+    real = stage._encode_text
+
+    def drop(job: stage.Job, *rest: Any) -> int:
+        monkeypatch.setattr(stage, "_encode_text", real)
+        audit.gc(job.store, now=0, keep=0)
+        return real(job, *rest)
+
+    monkeypatch.setattr(stage, "_encode_text", drop)
+    outcome = own.relay("encode")
+    assert outcome.status == 0, outcome.said
+    store = cache.open(own.store)
+    (record,) = store.sets()
+    assert store.missing(record) == {}
+
+
+def test_a_clock_that_is_behind_makes_the_newest_set(own: Project) -> None:
+    """Its machine started with an empty battery; training takes the newest set that fits."""
+    store = cache.open(own.store, "a")
+    (old,) = store.sets()
+    store.publish_set(old.body, {**old.made, "at": "2999-01-01T00:00:00+00:00"})
+    (own.data / "1.txt").write_text("another caption")
+    assert own.relay("encode").status == 0
+    first, second = store.sets()
+    assert first.body["request"] == second.body["request"]
+    assert second.key == old.key
 
 
 def test_a_picture_without_a_readable_header_stops_everything_early(own: Project, no_models: None) -> None:

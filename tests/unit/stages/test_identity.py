@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import identity
 from flux2_relay.stages.weights import Tensors, open_tensors
 
@@ -182,6 +183,53 @@ def test_a_small_file_is_hashed_once(tmp_path: Path, memory: Path) -> None:
     assert identity.file_sha256(path) == "remembered"
     path.write_bytes(b"other")
     assert identity.file_sha256(path) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_a_file_written_just_now_is_not_remembered(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written again within one tick of the file system's clock, with as many bytes, it looks the same."""
+    monkeypatch.setattr(identity, "_SETTLED_SECONDS", 2.0)
+    path, tensors = tmp_path / "a.png", save(tmp_path / "x", VALUES)
+    path.write_bytes(b"one")
+    monkeypatch.setattr(identity, "_facts", lambda path: "always the same")
+    assert identity.file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    assert identity.file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+    assert of(tensors) == of(tensors)
+    assert len(hashed) == 2 * len(VALUES)
+    now = identity.time.time()
+    monkeypatch.setattr(identity.time, "time", lambda: now + 3)
+    identity.file_sha256(path)
+    path.write_bytes(b"six")
+    assert identity.file_sha256(path) == hashlib.sha256(b"two").hexdigest()  # its times would have told, later on
+
+
+def test_what_changes_while_it_is_hashed_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "a.png", identity._sha256
+    path.write_bytes(b"one")
+
+    def sha256(of: Path) -> str:
+        found = real(of)
+        path.write_bytes(b"another")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_sha256", sha256)
+        facts = identity._facts(path)
+        identity.file_sha256(path)
+    with identity.Memo() as memo:
+        assert memo.get(f"file|{facts}") is None
+
+
+def test_a_file_that_is_another_by_now_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    sha256 = identity.file_sha256(path)
+    identity.confirm(path, sha256)
+    path.write_bytes(b"two")
+    with pytest.raises(InputError, match=r"a\.png: was changed while this command ran; run it again"):
+        identity.confirm(path, sha256)
 
 
 def test_the_memory_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, memory: Path) -> None:
