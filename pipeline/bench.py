@@ -57,15 +57,16 @@ class _Subject:
 def run(asked: Asked, config: Config | None) -> None:
     """Time it, and print the line; what happens on the way goes to stderr.
 
-    Ctrl-C ends it with the line of what was timed so far, if a step was over, and status 130.
+    Ctrl-C ends it with the line of what was timed so far, if a step was over, and status 130; SIGTERM too, with 143.
     """
     subject = _of_catalogue(asked) if config is None else _of_config(asked, config)
     make = None if subject.places is None else partial(_load, subject.places, subject.task)
-    try:
-        found = pace.find(subject.task, make, lambda sentence: click.echo(sentence, err=True))
-    except KeyboardInterrupt:
-        click.echo("relay: stopped before the first step was over; nothing was timed", err=True)
-        sys.exit(signals.INTERRUPTED)
+    with signals.end_it() as status:
+        try:
+            found = pace.find(subject.task, make, lambda sentence: click.echo(sentence, err=True))
+        except KeyboardInterrupt:
+            click.echo("relay: stopped before the first step was over; nothing was timed", err=True)
+            sys.exit(status())
     told = _told(subject, found)
     if asked.as_json:
         print_json(told)
@@ -73,7 +74,7 @@ def run(asked: Asked, config: Config | None) -> None:
         click.echo(_line(told))
     if found.stopped:
         click.echo("relay: stopped before the last step; the line says what was timed until then", err=True)
-        sys.exit(signals.INTERRUPTED)
+        sys.exit(status())
 
 
 def _of_catalogue(asked: Asked) -> _Subject:

@@ -27,6 +27,9 @@ def run(folder: Path, output: Path | None, named: str | None, how: tuple[bool, b
     model = init_machine.model(named)
     batch = _batch(model, found)
     fit = init_machine.fit(model, found, batch)
+    if (least := min(found.buckets(fit.resolution).values())) < batch:  # else batches would show a picture twice
+        batch = least
+        fit = init_machine.fit(model, found, batch)
     name = re.sub(r"[^\w.-]+", "-", folder.absolute().stem).strip("-.") or "lora"
     path = output or Path(f"{name}.yaml")
     lines = [line for part in _parts(name, found, model, fit, batch) for line in part]

@@ -27,6 +27,22 @@ def listen() -> None:
 
 
 @contextmanager
+def end_it() -> Iterator[Callable[[], int]]:
+    """Make SIGTERM a KeyboardInterrupt as Ctrl-C is one; give a function that says the exit status of the last."""
+    received = [signal.SIGINT]
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: 128 + received[-1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def finish_the_step() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether a signal has come; on leaving the block that signal's exit follows."""
     received: list[int] = []

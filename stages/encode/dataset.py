@@ -115,17 +115,33 @@ class Sample:
 
 
 def read_samples(data: Sequence[DataOptions]) -> tuple[Sample, ...]:
-    """Every sample, folder by folder, sorted by name; one InputError says all that is wrong."""
+    """Every sample, folder by folder, sorted by name; one InputError says all that is wrong.
+
+    Pictures are not opened, but where something else is wrong: then those that cannot be used are named with it.
+    """
     samples: list[Sample] = []
+    pictures: list[Path] = []
     faults: list[str] = [] if data else ["data: names no folder; give at least one 'path'"]
     for index, options in enumerate(data):
         folder = _Folder(options, "data" if len(data) == 1 else f"data.{index}")
         prefix = "" if len(data) == 1 else f"{index}/"
         samples += [replace(sample, id=prefix + sample.id) for sample in folder.read()]
         faults += folder.faults + folder.companions.finish()
+        pictures += folder.images
     if faults:
-        raise InputError("\n".join(faults))
+        raise InputError("\n".join([*faults, *_unusable(pictures)]))
     return tuple(samples)
+
+
+def _unusable(pictures: Sequence[Path]) -> Iterator[str]:
+    """What is wrong with pictures, from their headers."""
+    from flux2_relay.stages.encode import images  # only here: configs are read without Pillow
+
+    for picture in pictures:
+        try:
+            images.image_size(picture)
+        except InputError as error:
+            yield str(error)
 
 
 class _Folder:
@@ -135,6 +151,7 @@ class _Folder:
         self.options, self.key = options, key
         self.path = Path(options.path).expanduser()
         self.faults: list[str] = []
+        self.images: list[Path] = []
         self.companions = Companions(key, options.masks, options.references)
         self.pairs: dict[str, str] = {}
 
@@ -201,6 +218,7 @@ class _Folder:
             if not file.is_file() or not is_unicode(name):
                 self.faults.append(f"{self.path}: {name!r} is a dead link or its name is not UTF-8; repair it")
                 continue
+            self.images.append(file)
             captions = self.captions_of(name, file, listing)
             if captions is None:
                 missing.append(name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2_relay.cache.errors import InputError
 
@@ -213,8 +213,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # plugins raise anything: SyntaxError, struct.error, IndexError, ...
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({reason})"
         raise InputError(
-            f"{path}: cannot be read as a picture ({reason}); the file is damaged, cut off or of another "
+            f"{path}: cannot be read as a picture{why}; the file is empty, damaged, cut off or of another "
             "type: copy it again, convert it to PNG, or take it out"
         ) from error
 

@@ -211,6 +211,14 @@ def test_the_table_is_long_and_names_no_case_twice() -> None:
     assert len({case.name for case in ALL}) == len(ALL) >= 60
 
 
+def test_captions_and_pictures_that_are_wrong_are_named_at_once(fresh: Project) -> None:
+    (fresh.data / "1.txt").write_bytes(b"caf\xe9")
+    (fresh.data / "2.txt").unlink()
+    (fresh.data / "3.png").write_bytes(b"")
+    said = "1.txt", "0xe9", "2.png", "3.png", "cannot be read as a picture; the file is empty"
+    check(Case("", E, nothing, said), fresh.relay("encode"))
+
+
 def test_what_shows_on_decoding_is_collected_and_the_rest_is_kept(fresh: Project) -> None:
     cut_png(fresh)
     floats(fresh)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny.pages import png
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.encode.captions import clean
@@ -191,7 +192,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
 
 
 def test_missing_captions_are_named_together_with_the_ways_out(tmp_path: Path) -> None:
-    write(tmp_path, {"b.png": "", "sub/c.jpg": "", "a.png": "", "a.txt": "x"})
+    write(tmp_path, {"b.png": png(16, 16), "sub/c.jpg": png(16, 16), "a.png": png(16, 16), "a.txt": "x"})
     assert refusal(tmp_path) == (
         f"data.path: 2 images in {tmp_path} have no caption. Write what b.png shows into b.txt (an empty "
         "file trains it without words), list it in metadata.jsonl or captions.json, or take it out; "

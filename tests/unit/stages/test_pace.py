@@ -1,6 +1,7 @@
 """How long a step takes: the product's own steps on noise, whole or put together from parts."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +38,7 @@ def test_a_model_that_fits_is_measured() -> None:
     assert not found.computed
     assert 0 < found.seconds <= found.slowest
     assert found.layout.resident == found.layout.blocks == 5
-    assert said[0].startswith(
-        "4 steps, about 1 s: by the speed of one product a step"
-    )
+    assert said[0].startswith("4 steps, about 1 s: by the speed of one product a step")
     assert [line.split(":")[0] for line in said[2:]] == [f"step {n} of 4" for n in range(1, 5)]
     assert ["(warm-up)" in line for line in said[2:]] == [True, True, False, False]
     assert ["left" in line for line in said[2:]] == [True, True, True, False]
@@ -143,6 +142,22 @@ def test_ctrl_c_leaves_a_line_and_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     assert outcome.status == 130
     assert "3 s a step (median of 1, stopped early)" in outcome.said
     assert "relay: stopped before the last step" in outcome.said
+
+
+def test_sigterm_ends_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CATALOGUE", {"klein-base-4b": (SPEC, False)})
+    before = signal.getsignal(signal.SIGTERM)
+
+    def steps(_: object, __: object, ___: object, seconds: list[float], *____: object) -> None:
+        seconds += [3.0, 3.0, 3.0]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(pace, "_steps", steps)
+    monkeypatch.setattr(pace, "random_transformer", lambda *_, **__: _Nothing())
+    outcome = relay("bench", "--resolution", 64)
+    assert outcome.status == 143
+    assert "(median of 1, stopped early)" in outcome.said
+    signal.signal(signal.SIGTERM, before)
 
 
 class _Nothing:
