@@ -1,5 +1,6 @@
 """What every test needs: a BLAS before MLX, the helpers of `tests/tiny` on the path, models, `--checkpoint`."""
 
+import gc
 import os
 import shutil
 import sys
@@ -19,6 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--checkpoint DIR`: oracle tests compare on this folder instead of tiny checkpoints that they make."""
     parser.addoption("--checkpoint", type=Path, help="diffusers-layout folder for tests/oracle")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make, not among the tests.
+
+    The program collects it after each model, and looking through all that pytest holds took half the time of a command.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
