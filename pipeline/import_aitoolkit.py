@@ -25,6 +25,7 @@ _OTHERS = "there is no such loss or method here"
 _PICTURES = "pictures only"
 _DECIDES = "train.dtype and memory.bits decide the arithmetic"
 _TIMESTEPS = {"sigmoid": "logit_normal", "linear": "uniform", "shift": "flux2_shift", "flux_shift": "flux2_shift"}
+_TRAINERS = "sd_trainer", "diffusion_trainer", "ui_trainer"
 _ARCHITECTURES = {"flux2": "dev", "flux2_klein_4b": "klein-base-4b", "flux2_klein_9b": "klein-base-9b"}
 
 
@@ -55,12 +56,35 @@ def _ema(value: object, here: Tree) -> object:
     return value
 
 
+def _factor(value: object, here: Tree) -> object:
+    """Of LoKr, -1 for the factor near the square root; other kinds have it in their files without a meaning."""
+    if here.get("type") != "lokr":
+        raise NotCarried("")
+    return "auto" if value == -1 else value
+
+
+def _full_rank(value: object, here: Tree) -> object:
+    is_meant = here.get("type") == "lokr" and value
+    raise NotCarried("the larger matrix is whole where lora.rank is at least half its side" if is_meant else "")
+
+
+def _trains(value: object, _: Tree) -> object:
+    raise NotCarried("" if value in _TRAINERS else "only training is carried over")
+
+
+def _timesteps(value: object, here: Tree) -> object:
+    """Where `weighted` weighs the levels, `content_or_style` may still say how they are drawn."""
+    if value == "weighted":
+        return here["content_or_style"] if here.get("content_or_style") in ("content", "style") else "uniform"
+    return choice({**_TIMESTEPS}, "this distribution of noise levels is not here")(value, here)
+
+
 def _quantized(bits: int) -> Mapping[object, object]:
     return {True: bits, False: 16}
 
 
 NETWORK = (
-    Rule("network.type", "lora.kind", choice({"lora": "lora"}, "only plain LoRA is carried over; see lora.kind")),
+    Rule("network.type", "lora.kind", choice({"lora": "lora", "lokr": "lokr"}, "lora.kind is lora, dora or lokr")),
     Rule("network.linear", "lora.rank"),
     Rule("network.linear_alpha", "lora.alpha"),
     Rule("network.dropout", "lora.dropout"),
@@ -68,7 +92,8 @@ NETWORK = (
     Rule("network.network_kwargs.only_if_contains", "lora.targets", _patterns),
     Rule("network.network_kwargs.ignore_if_contains", "lora.exclude", _patterns),
     *_no("a FLUX.2 transformer has no convolutions", "network.conv", "network.conv_alpha"),
-    *_no("lokr is not here", "network.lokr_full_rank", "network.lokr_factor"),
+    Rule("network.lokr_factor", "lora.factor", _factor),
+    Rule("network.lokr_full_rank", "", _full_rank),
     *_no(_OTHERS, "network.network_kwargs.*"),
 )
 DATA = (
@@ -113,7 +138,7 @@ TRAIN = (
     Rule("train.optimizer_params.betas", "train.betas"),
     Rule("train.optimizer_params.eps", "train.eps"),
     Rule("train.max_grad_norm", "train.clip"),
-    Rule("train.timestep_type", "train.sigma", choice({**_TIMESTEPS}, "this distribution of noise levels is not here")),
+    Rule("train.timestep_type", "train.sigma", _timesteps),
     Rule("train.content_or_style", "train.sigma", choice({"content": "content", "style": "style"}, "")),
     Rule("train.dtype", "train.dtype", choice({**DTYPES, "fp16": "bfloat16"})),
     Rule("train.ema_config.ema_decay", "train.ema", _ema),
@@ -165,7 +190,7 @@ SAMPLE = (
 )
 PROCESS = (
     Rule("training_folder", "run.dir", remark="the run folder is run.dir/run.name"),
-    Rule("type", "", unless("sd_trainer", "only training is carried over")),
+    Rule("type", "", _trains),
     *_no("", "device", "performance_log_every", "sqlite_db_path", "trigger_word", "log_dir"),
     *_no("metrics lie in the run folder", "logging.*"),
     *NETWORK, *DATA, *TRAIN, *MODEL, *SAVE, *SAMPLE,
@@ -185,6 +210,8 @@ def read(tree: Mapping[str, Any], _: Path, carried: Carried) -> None:
     for number in range(len(process.get("datasets") or ())) if trigger else ():
         if f"data.{number}.trigger" not in carried.values:
             carried.put(f"data.{number}.trigger", str(trigger), "ai-toolkit: trigger_word")
+    if (process.get("train") or {}).get("timestep_type") == "weighted":  # noise levels by weights, not by their number
+        carried.put("train.weighting", "weighted", "ai-toolkit: timestep_type")
     sample = process.get("sample") or {}
     prompts = _prompts(sample, str(trigger or ""))
     if prompts:

@@ -98,7 +98,7 @@ FLAGS = (
     Rule("save_precision", "save.dtype", choice({**DTYPES})),
     Rule("sample_every_n_steps", "previews.every"),
     Rule("log_with", "log.tensorboard", choice({"tensorboard": True, "all": True}, "only TensorBoard's files")),
-    Rule("network_module", "", unless("networks.lora_flux_2", "plain LoRA on FLUX.2 is what is trained here")),
+    Rule("network_module", "", unless("networks.lora_flux_2", "lora.kind is lora, dora or lokr")),
     Rule("optimizer_args", "", _optimizer_options),
     *_no("", "dataset_config", "max_train_epochs", "sample_prompts", "sample_at_first", "save_state", "config_file"),
     *_no("regular expressions over other module names; write patterns into lora.targets", "network_args"),

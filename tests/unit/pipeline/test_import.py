@@ -89,6 +89,43 @@ def test_musubis_flags_as_text_and_its_weak_default_alpha() -> None:
     assert "weak LoRA" in Path("ours.yaml").read_text()
 
 
+def toolkit(tmp_path: Path, network: str, train: str, kind: str = "diffusion_trainer") -> tuple[Config, dict[str, str]]:
+    (tmp_path / "t.yaml").write_text(
+        f"job: extension\nconfig:\n  name: t\n  process:\n  - type: {kind}\n    model: {{name_or_path: m, arch: flux2}}\n"
+        f"    datasets: [{{folder_path: d}}]\n    network: {network}\n    train: {train}\n"
+    )
+    return translated("t.yaml")
+
+
+def test_ai_toolkits_lokr(tmp_path: Path) -> None:
+    lokr = "{type: lokr, linear: 8, lokr_full_rank: true, lokr_factor: %s}"
+    config, left = toolkit(tmp_path, lokr % -1, "{steps: 9}")
+    assert values(config, "lora.kind", "lora.factor", "lora.rank") == ["lokr", "auto", 8]
+    assert list(left) == ["network.lokr_full_rank"]
+    assert toolkit(tmp_path, lokr % 4, "{steps: 9}")[0].lora.factor == 4
+    plain = toolkit(tmp_path, "{type: lora, linear: 8, lokr_full_rank: true, lokr_factor: -1}", "{steps: 9}")
+    assert (plain[0].lora.kind, plain[1]) == ("lora", {})
+
+
+@pytest.mark.parametrize(
+    ("train", "sigma"),
+    [
+        ("{timestep_type: weighted}", "uniform"),
+        ("{timestep_type: weighted, content_or_style: balanced}", "uniform"),
+        ("{timestep_type: weighted, content_or_style: style}", "style"),
+        ("{content_or_style: content, timestep_type: weighted}", "content"),
+    ],
+)
+def test_ai_toolkits_weighted_levels(tmp_path: Path, train: str, sigma: str) -> None:
+    config, _ = toolkit(tmp_path, "{type: lora}", train)
+    assert values(config, "train.sigma", "train.weighting") == [sigma, "weighted"]
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [("sd_trainer", False), ("diffusion_trainer", False), ("extract", True)])
+def test_ai_toolkits_processes_that_train(tmp_path: Path, kind: str, is_told: bool) -> None:
+    assert ("type" in toolkit(tmp_path, "{type: lora}", "{steps: 9}", kind)[1]) == is_told
+
+
 def test_musubis_config_file_of_flags() -> None:
     Path("flags.toml").write_text('dit = "m"\nnetwork_dim = 4\nmax_train_epochs = 3\noptimizer_type = "CAME"\n')
     config, left = translated("flags.toml")
@@ -133,7 +170,7 @@ def test_ai_toolkits_yaml() -> None:
     assert (second.prompt, second.size, second.seed) == ("a dog", (512, 512 + 16), 3)
     assert "rename" in left["datasets.1.caption_ext"]
     assert "datasets.0.caption_ext" not in left
-    assert "noise levels" in left["train.timestep_type"]
+    assert config.train.weighting == "weighted"
     assert {"model.low_vram", "network.conv", "logging.log_every", "datasets.0.mask_min_value"} <= set(left)
 
 
