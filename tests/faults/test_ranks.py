@@ -57,6 +57,14 @@ class Pair:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
+    def __enter__(self) -> "Pair":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no ranks behind where a test fails; the command ends them with itself."""
+        self.process.terminate()
+        self.end()
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as printed:
@@ -91,7 +99,8 @@ def test_two_ranks_are_one_that_accumulates_bit_for_bit_and_either_goes_on_as_th
     alone = encoded(**EVERYTHING, train={**train, "accumulate": 2})
     assert alone.relay("train").status == 0
     project = encoded(**EVERYTHING, train=train)
-    status, said = Pair(project, "--max-steps", "3").end()
+    with Pair(project, "--max-steps", "3") as pair:
+        status, said = pair.end()
     assert status == 0, said
     assert "rank 1 of 2 ended with status 0" in said
     assert said.count("3 of 6 steps done") == 1  # the first rank's alone
@@ -114,14 +123,15 @@ def test_two_ranks_are_one_that_accumulates_bit_for_bit_and_either_goes_on_as_th
 
 def test_a_lost_rank_ends_all_and_the_run_goes_on_with_one(encoded: Callable[..., Project]) -> None:
     project = encoded(train={"steps": 4000, "batch": 1}, save={"every": 1000}, previews={"every": 0})
-    pair = Pair(project)
     deadline = time.monotonic() + TIMEOUT
     metrics = project.run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3 and pair.pid(1)):
-        assert time.monotonic() < deadline, pair.said
-        time.sleep(0.02)
-    os.kill(pair.pid(1) or 0, signal.SIGKILL)
-    status, said = pair.end()
+    with Pair(project) as pair:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3 and pair.pid(1)):
+            assert time.monotonic() < deadline, pair.said
+            assert pair.process.poll() is None, pair.said
+            time.sleep(0.02)
+        os.kill(pair.pid(1) or 0, signal.SIGKILL)
+        status, said = pair.end()
     assert status == 1, said
     assert "rank 0 of 2 lost another rank" in said
     assert "rank 1 of 2 ended without a word" in said
@@ -173,7 +183,11 @@ def test_what_ranks_exchange(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=TIMEOUT)[0].splitlines() for process in processes]
+    try:
+        printed = [process.communicate(timeout=TIMEOUT)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], printed
     mean = "0.5 [[1.5, 1.5], [1.5, 1.5], [1.5, 1.5]] [0.0, 1.0, 2.0, 3.0, 4.0]"
     for rank, lines in enumerate(printed):
