@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.stages import identity, memory
+from flux2_relay.stages import identity
 from flux2_relay.stages.files import read_tensors, write_tensors
 from flux2_relay.stages.quantize import Weight
 from flux2_relay.stages.train.residence import BlockWeights, Reader
@@ -29,7 +29,7 @@ def keeping(read: Reader, folder: Path, tensors: Tensors, names: Mapping[int, li
         kept = folder / f"{identity.weights_identity(tensors, names[place], {'bits': bits})}.safetensors"
         if kept.exists():
             try:
-                return _unflat(read_block(kept))
+                return _unflat(read_tensors(kept)[0])
             except InputError:  # damaged: made again below
                 kept.unlink(missing_ok=True)
         weights = read(place)
@@ -37,20 +37,6 @@ def keeping(read: Reader, folder: Path, tensors: Tensors, names: Mapping[int, li
         return weights
 
     return read_kept
-
-
-def read_block(file: Path) -> dict[str, mx.array]:
-    """The tensors of a kept block, evaluated on the device.
-
-    On CUDA MLX reads for a device in the stream that computes, in one thread; for the CPU with threads of its own.
-    """
-    if not memory.is_cuda():
-        return read_tensors(file)[0]
-    with mx.stream(mx.cpu):
-        values = read_tensors(file)[0]
-    values = {name: value + mx.zeros((), value.dtype) for name, value in values.items()}  # a copy on the device
-    mx.eval(values)
-    return values
 
 
 def kept_bytes(folder: Path) -> int:
