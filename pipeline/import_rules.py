@@ -243,7 +243,7 @@ def put_epochs(carried: Carried, key: str, epochs: object) -> None:
     passes = int(str(values.get("train.batch", 1))) * int(str(values.get("train.accumulate", 1)))
     if not counts or not all(counts) or not isinstance(epochs, int):
         carried.leave(
-            key, epochs, "set train.steps: epochs x pictures / batch, and no pictures are there to be counted"
+            key, epochs, "set train.steps: epochs x pictures / batch, no pictures are there to be counted"
         )
         return
     steps = max(1, epochs * sum(counts) // passes)

@@ -91,7 +91,8 @@ def test_musubis_flags_as_text_and_its_weak_default_alpha() -> None:
 
 def toolkit(tmp_path: Path, network: str, train: str, kind: str = "diffusion_trainer") -> tuple[Config, dict[str, str]]:
     (tmp_path / "t.yaml").write_text(
-        f"job: extension\nconfig:\n  name: t\n  process:\n  - type: {kind}\n    model: {{name_or_path: m, arch: flux2}}\n"
+        f"job: extension\nconfig:\n  name: t\n  process:\n  - type: {kind}\n"
+        "    model: {name_or_path: m, arch: flux2}\n"
         f"    datasets: [{{folder_path: d}}]\n    network: {network}\n    train: {train}\n"
     )
     return translated("t.yaml")
