@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from flux2_relay.pipeline import closing
 from flux2_relay.pipeline.cache_commands import in_bytes
 from flux2_relay.pipeline.labels import entry
 from flux2_relay.pipeline.lacking import Entries
@@ -225,13 +226,13 @@ def _next(plan: Plan) -> str:
     if plan.faults:
         return "see below"
     if encoding is not None and any(entries.missing or entries.unknown for entries in encoding.entries.values()):
-        return "relay encode"
+        return closing.same_config("encode")
     of_runs = plan.together.runs if plan.together is not None else (plan.training,) if plan.training is not None else ()
     if any(isinstance(run, Member) and run.missing for run in of_runs):
-        return "relay encode"
+        return closing.same_config("encode")
     if of_runs and all(run.done >= run.steps for run in of_runs):
         return "nothing is left to do"
-    return "relay train"
+    return closing.same_config("train")
 
 
 def _time(seconds: float | None) -> str:

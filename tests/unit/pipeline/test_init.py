@@ -58,7 +58,7 @@ def test_a_plan_can_follow_at_once(klein: Path, tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in outcome.said.splitlines() if str(tmp_path) not in line)
     planned = relay("plan", "-c", "fox.yaml")
     assert planned.status == 0, planned.said
-    assert "next       relay encode" in planned.said
+    assert "next       relay encode -c fox.yaml" in planned.said
 
 
 def test_every_value_has_its_reason(klein: Path, tmp_path: Path) -> None:
