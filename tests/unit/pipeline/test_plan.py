@@ -82,7 +82,7 @@ def test_without_a_store_everything_is_missing_and_nothing_is_made(
     assert "5 pictures with 5 captions 64 x 64: 3 80 x 48: 2" in said
     assert "captions: 9 wanted, 0 present, 9 missing" in said
     assert "pictures: 5 wanted, 0 present, 5 missing" in said
-    assert said.endswith("next relay encode")
+    assert said.endswith("next relay encode -c " + str(project.config))
     assert max(map(len, outcome.said.splitlines())) <= max(80, len(str(project.store)) + 40)
 
 
@@ -94,7 +94,7 @@ def test_a_complete_store(encoded: Make, no_models: None) -> None:
     said = one_line(outcome)
     assert "captions: 9 wanted, 9 present, 0 missing" in said
     assert "nothing to encode" in said
-    assert said.endswith("next relay train")
+    assert said.endswith("next relay train -c " + str(project.config))
     assert listing(project.folder) == before
 
 
