@@ -235,7 +235,11 @@ def trainable(config: Config, seen: Seen, faults: list[str]) -> Trainable | None
         return None
     adapter = lora.size(transformer, config.lora)
     options = LayoutOptions(
-        train=config.train, memory=config.memory, dropout=config.lora.dropout, kind=config.lora.kind
+        train=config.train,
+        memory=config.memory,
+        previews=config.previews,
+        dropout=config.lora.dropout,
+        kind=config.lora.kind,
     )
     saved = checkpoint.saved(config.run.folder / "checkpoints")
     return Trainable(

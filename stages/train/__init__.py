@@ -45,6 +45,7 @@ wishes.py       files that ask a run for something
 sample.py       from noise to latents
 mixing.py       several adapter files, each at a strength
 drawing.py      pictures on demand, from the store and adapter files
+forward_work.py what a forward pass holds
 forward_layout.py how that fits the memory budget
 previews.py     when, and which
 checkpoint.py   to go on from

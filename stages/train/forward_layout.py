@@ -1,9 +1,6 @@
 """How drawing pictures fits the memory budget: the decisions of `layout.py` without anything for a backward pass.
 
-A forward pass keeps no block inputs and no projections, and no gradients or moments exist; what a block holds while it
-runs was read off `sample.draw` on a CPU, in arrays of [R, D].
-
-Letters: R rows of a pass (text and image tokens, references included), D hidden, N heads.
+A forward pass keeps no block inputs and no projections, and no gradients or moments exist.
 """
 
 from collections.abc import Iterator
@@ -13,13 +10,11 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import memory
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import layout
+from flux2_relay.stages.train import forward_work, layout
 from flux2_relay.stages.train.base import Stock
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import Dtype, MemoryOptions
 
-_UNITS = {4: 36, 2: 54}
-"""Bytes of a number -> arrays of [R, D] at once; the rotation of q and k is float32 in bfloat16, too."""
 _COPIES = 2
 """Of the adapters: as they were read, and mixed at a strength."""
 
@@ -70,12 +65,11 @@ def predict(spec: TransformerSpec, load: DrawingLoad, bits: int, resident: int) 
         stored=load.stored,
     )
     found = layout.predict(spec, of_training, bits, resident)
-    scores = 0 if memory.is_gpu() else spec.heads * load.rows**2 * item_bytes
     parts = {
         name: size for name, size in found.parts.items() if name in ("weights", "blocks on their way", "dense copies")
     }
     parts["adapters"] = _COPIES * load.adapter_bytes
-    parts["one block's work"] = _UNITS[item_bytes] * load.rows * spec.hidden * item_bytes + scores
+    parts["one block's work"] = forward_work.work_bytes(spec, load.rows, item_bytes)
     return replace(found, keep=0, heads=0, parts=parts)
 
 

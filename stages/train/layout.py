@@ -16,11 +16,11 @@ from flux2_relay.stages import memory
 from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import base
+from flux2_relay.stages.train import base, forward_work
 from flux2_relay.stages.train.base import Stock
 from flux2_relay.stages.train.batches import Item
 from flux2_relay.stages.train.optimizer import moments
-from flux2_relay.stages.train.options import MemoryOptions, TrainOptions
+from flux2_relay.stages.train.options import MemoryOptions, PreviewOptions, TrainOptions
 from flux2_relay.stages.train.residence import resident_places
 from flux2_relay.stages.train.transformer import block_path, block_shapes, outer_shapes
 
@@ -43,6 +43,7 @@ _UNPACKING = 2.5
 """What making a packed matrix dense takes beside the result, in matrices, where it is not one kernel: on a CPU."""
 _OPTIMIZER_COPIES = 3
 """Adapter-sized arrays that an update makes beside those that stay."""
+_PREVIEWS = "larger previews"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,7 @@ class Load:
     stored: Stock = field(default_factory=dict)  # what the checkpoint has packed already
     dropout: bool = False  # whether adapters leave out part of their input
     kind: str = "lora"  # `lora.kind`
+    drawn_rows: int = 0  # text and image tokens of the largest preview
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,7 @@ class LayoutOptions:
 
     train: TrainOptions
     memory: MemoryOptions
+    previews: PreviewOptions = field(default_factory=PreviewOptions)
     dropout: float = 0.0  # `lora.dropout`
     kind: str = "lora"  # `lora.kind`
 
@@ -192,6 +195,7 @@ def load_for(
         stored=stored or {},
         dropout=options.dropout > 0,
         kind=options.kind,
+        drawn_rows=forward_work.preview_rows(options.previews, text_rows),
     )
 
 
@@ -222,6 +226,7 @@ def predict(
         "kept projections": sum(kept_bytes(spec, load, place) for place in range(spec.blocks - keep, spec.blocks)),
         "one block's work": max(work, _OPTIMIZER_COPIES * load.adapter_bytes - spec.blocks * unit),
     }
+    parts[_PREVIEWS] = _beyond_steps(spec, [load], parts)
     return Layout(
         bits=bits,  # pyright: ignore[reportArgumentType] - one of the options' values
         rows=load.rows,
@@ -277,8 +282,15 @@ def predict_together(
         sum(works[place] if place in group else streams[place] for place in range(len(loads))) for group in groups
     )
     parts["dense copies"] = _dense_block_bytes(spec, loads[0], bits) if _is_made_dense(loads[0], bits) else 0
+    parts[_PREVIEWS] = _beyond_steps(spec, loads, parts)
     heads = min((one.heads for one in each if one.heads), default=0)
     return replace(each[0], rows=max(one.rows for one in each), heads=heads, parts=parts, joined=joined)
+
+
+def _beyond_steps(spec: TransformerSpec, loads: Sequence[Load], parts: Mapping[str, int]) -> int:
+    """What the largest preview takes beyond a step, whose inputs and kept tensors are gone by then."""
+    drawn = max(forward_work.work_bytes(spec, load.drawn_rows, load.item_bytes) for load in loads)
+    return max(0, drawn - sum(parts[name] for name in ("block inputs", "kept projections", "one block's work")))
 
 
 def own_bytes(spec: TransformerSpec, load: Load) -> int:
@@ -375,10 +387,12 @@ def _largest_matrix(spec: TransformerSpec) -> int:
 
 def _with_kept(spec: TransformerSpec, loads: Sequence[Load], layout: Layout, budget_bytes: int) -> Layout:
     """The same layout with as many kept blocks as the budget has room for, the last ones first."""
-    keep, kept, room = 0, 0, budget_bytes - layout.peak_bytes
+    previews = layout.parts[_PREVIEWS]  # what a step keeps has gone when they are drawn
+    keep, kept, room = 0, 0, budget_bytes - layout.peak_bytes + previews
     for place in reversed(range(spec.blocks)):
         size = sum(kept_bytes(spec, load, place) for load in loads)
         if kept + size > room:
             break
         keep, kept = keep + 1, kept + size
-    return replace(layout, keep=keep, parts={**layout.parts, "kept projections": kept})
+    parts = {**layout.parts, "kept projections": kept, _PREVIEWS: max(0, previews - kept)}
+    return replace(layout, keep=keep, parts=parts)

@@ -84,7 +84,9 @@ def layout_of(job: Job, spec: TransformerSpec, stored: base.Stock | None = None)
 def load_of(job: Job, spec: TransformerSpec, stored: base.Stock | None = None) -> Load:
     """What a pass of the training has to carry."""
     rows = open_contexts(job.store, job.record.body, spec.context_width).length
-    options = LayoutOptions(train=job.train, memory=job.memory, dropout=job.lora.dropout, kind=job.lora.kind)
+    options = LayoutOptions(
+        train=job.train, memory=job.memory, previews=job.previews, dropout=job.lora.dropout, kind=job.lora.kind
+    )
     return load_for(list(items(job.record.body)), rows, lora.size(spec, job.lora), options, stored)
 
 
