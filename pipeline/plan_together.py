@@ -47,14 +47,17 @@ def _together(members: Sequence[tuple[Config, Seen, Trainable]], faults: list[st
     except InputError as error:
         faults.append(f"train: {error}")
         return None
-    own = [layout.own_bytes(spec, load) for load in loads]
-    left = budget - chosen.peak_bytes + chosen.parts["kept projections"]
+    needed = chosen.peak_bytes - chosen.parts["kept projections"]
+    largest = max(loads, key=lambda load: layout.own_bytes(spec, load))
+    with_another = layout.predict_together(
+        spec, [*loads, largest], chosen.bits, chosen.resident, chosen.pieces, chosen.joined
+    )
     pace = figures.recall("steps", many.pace_of(spec, chosen, [config.train for config, _, _ in members]))
     most = max(max(0, config.train.steps - of.done) for config, _, of in members)
     return Together(
         runs=tuple(_member(config, seen, of) for config, seen, of in members),
         layout=chosen,
-        room=left // max(own),
+        room=(budget - needed) // max(with_another.peak_bytes - needed, layout.own_bytes(spec, largest)),
         seconds=most / pace.per_second if pace else None,
     )
 

@@ -40,22 +40,9 @@ def loss_and_gradients(
     sigma [B] in [0, 1], noise [B, L, 128] float32, guidance [B] or None. `options` gives the loss its weighting. A
     mapping holds the fields of `Batch`; references, reference_ids, mask and item_weight only where they are used.
     """
-    return turns.alone(in_turns(transformer, batch, sigma, noise, guidance, options))
-
-
-def in_turns(
-    transformer: Transformer,
-    batch: Batch | Mapping[str, mx.array],
-    sigma: mx.array,
-    noise: mx.array,
-    guidance: mx.array | None,
-    options: TrainOptions | None = None,
-) -> Way[tuple[mx.array, Gradients]]:
-    """`loss_and_gradients` as a way through the blocks: 0 before them, 1 … blocks forward, the next numbers back."""
     batch = Batch(**batch) if isinstance(batch, Mapping) else batch
-    (loss,), gradients = yield from side_by_side(
-        transformer, [Given(batch, sigma, noise, guidance, options or TrainOptions())]
-    )
+    given = Given(batch, sigma, noise, guidance, options or TrainOptions())
+    (loss,), gradients = turns.alone(side_by_side(transformer, [given]))
     return loss, gradients
 
 
@@ -81,7 +68,10 @@ class Given:
 
 
 def side_by_side(transformer: Transformer, passes: Sequence[Given]) -> Way[tuple[list[mx.array], Gradients]]:
-    """Passes of one bucket as one batch -> the loss of each, and the gradients of their sum."""
+    """Passes of one bucket as one batch -> the loss of each, and the gradients of their sum.
+
+    A way through the blocks: 0 before them, 1 … blocks forward, the next numbers back.
+    """
     yield 0
     tokens, ids = zip(*(one.inputs() for one in passes), strict=True)
     context = [one.batch.context for one in passes]

@@ -42,7 +42,10 @@ def test_runs_over_one_base_run_in_tiny(tmp_path: Path) -> None:
     name = "dev-4bit-512-sweep-streamed"
     found = lines(tmp_path, name)[name]
     assert found["resident"] == 0
-    assert min(found[figure] for figure in ("seconds", "alone_seconds", "ratio", "predicted_gib", "peak_gib")) > 0
+    measured = ("seconds", "ratio", "predicted_gib", "peak_gib")
+    assert min(of[figure] for of in (found, found["in_turns"]) for figure in measured) > 0
+    assert found["alone_seconds"] > 0
+    assert found["apart"] < 1e-3, "joined runs find what runs find that take turns, in bfloat16"
 
 
 def test_two_ranks_end_with_the_adapter_of_one_that_accumulates(tmp_path: Path) -> None:

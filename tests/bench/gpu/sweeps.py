@@ -24,33 +24,52 @@ Member = tuple[Transformer, optimizer.Optimizer]
 def run(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step of all runs together; `ratio` is that over the time of as many steps of one run.
 
-    `in_turns` is the same where the runs share each block's weights alone, and no product.
+    `in_turns` is the same where the runs share each block's weights alone, and no product; `apart` the greatest
+    relative difference between the two in a run's loss or gradient's norm.
     """
-    bench, count = steps.prepare(settings), settings["runs"]
-    warm_up, wanted = settings["warm_up"], settings["steps"]
+    bench = steps.prepare(settings)
+    warm_up, count = settings["warm_up"], settings["steps"]
     try:
-        alone = median([bench.step(number) for number in range(warm_up + wanted)][warm_up:])
+        alone = median([bench.step(number) for number in range(warm_up + count)][warm_up:])
         base = shared(bench.transformer)
         members = [(replace(base, adapters=bench.transformer.adapters), bench.optimizer)]
-        members += [_member(base, bench, seed) for seed in range(1, count)]
+        members += [_member(base, bench, seed) for seed in range(1, settings["runs"])]
         bench.transformer.adapters = {}
-        found = {}
-        for joins in (False, True):
-            for transformer, _ in members:
-                transformer.joins = joins
-            seconds = [_step(members, bench, number) for number in range(warm_up)]
-            mx.reset_peak_memory()
-            seconds = [_step(members, bench, warm_up + number) for number in range(wanted)]
-            found[joins] = {
-                "seconds": steps.short(median(seconds)),
-                "all_seconds": [steps.short(value) for value in seconds],
-                "predicted_gib": steps.short(_predicted(bench, count, joins) / GIB),
-                "peak_gib": steps.short(mx.get_peak_memory() / GIB),
-                "ratio": steps.short(median(seconds) / (count * alone)),
-            }
-        return bench.found | found[True] | {"alone_seconds": steps.short(alone), "in_turns": found[False]}
+        in_turns = _measure(members, bench, settings, alone)
+        expected = _look(members, bench)
+        for transformer, _ in members:
+            transformer.joins = True
+        pairs = zip(_look(members, bench), expected, strict=True)
+        apart = max(abs(one / other - 1) for one, other in pairs)
+        joined = _measure(members, bench, settings, alone)
+        told = {"alone_seconds": steps.short(alone), "in_turns": in_turns, "apart": steps.short(apart)}
+        return bench.found | joined | told
     finally:
         bench.transformer.residence.close()
+
+
+def _measure(
+    members: Sequence[Member], bench: steps.Bench, settings: Mapping[str, Any], alone: float
+) -> dict[str, Any]:
+    """The figures of steps of all runs together, beside `alone` seconds of a step of one."""
+    for number in range(settings["warm_up"]):
+        _step(members, bench, number)
+    mx.reset_peak_memory()
+    seconds = [_step(members, bench, settings["warm_up"] + number) for number in range(settings["steps"])]
+    return {
+        "seconds": steps.short(median(seconds)),
+        "all_seconds": [steps.short(value) for value in seconds],
+        "predicted_gib": steps.short(_predicted(bench, len(members), members[0][0].joins) / GIB),
+        "peak_gib": steps.short(mx.get_peak_memory() / GIB),
+        "ratio": steps.short(median(seconds) / (len(members) * alone)),
+    }
+
+
+def _look(members: Sequence[Member], bench: steps.Bench) -> list[float]:
+    """Loss and norm of the gradient of each run in a step that changes nothing."""
+    found = gradients_together(_asked(members, bench, 0))
+    norms = [optimizer.clip(of, bench.task.options.clip)[1] for _, of, _ in found]
+    return [float(value.item()) for (loss, *_), norm in zip(found, norms, strict=True) for value in (loss, norm)]
 
 
 def _predicted(bench: steps.Bench, count: int, joins: bool) -> int:
@@ -74,15 +93,20 @@ def _member(base: Transformer, bench: steps.Bench, seed: int) -> Member:
     return transformer, optimizer.Optimizer(bench.task.options, lora.parameters(transformer))
 
 
-def _step(members: Sequence[Member], bench: steps.Bench, number: int) -> float:
-    """One step of all runs as `many` does it, each on noise of its own -> its seconds."""
-    started, task = time.perf_counter(), bench.task
+def _asked(members: Sequence[Member], bench: steps.Bench, number: int) -> list[Asked]:
+    """A step of each run on the one picture, each on noise of its own."""
+    task = bench.task
     item = Item("one", "latents", (task.batch.latents.shape[1], 1), ("caption",))
     loaded = Loaded(number, [([Draw(0, item, "caption")], task.batch)], 0.0)
-    asked = [Asked(of, loaded, Terms(seed, task.options, 0.0)) for seed, (of, _) in enumerate(members)]
-    found = gradients_together(asked)
+    return [Asked(of, loaded, Terms(seed, task.options, 0.0)) for seed, (of, _) in enumerate(members)]
+
+
+def _step(members: Sequence[Member], bench: steps.Bench, number: int) -> float:
+    """One step of all runs as `many` does it -> its seconds."""
+    started, options = time.perf_counter(), bench.task.options
+    found = gradients_together(_asked(members, bench, number))
     for transformer, update in members:
-        clipped, norm = optimizer.clip(found.pop(0)[1], task.options.clip)
+        clipped, norm = optimizer.clip(found.pop(0)[1], options.clip)
         if not bool(mx.isfinite(norm).item()):
             raise RuntimeError(f"step {number}: norm {norm.item()}")
         lora.load(transformer, update.update(lora.parameters(transformer), clipped, number))
