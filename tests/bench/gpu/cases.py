@@ -186,9 +186,9 @@ def sweeps() -> Iterator[Case]:
     """Four runs over one base in one pass; `ratio` is its time over that of four steps of one run."""
     common: dict[str, Any] = {"model": "dev", "pixels": SMALL, "runs": 4, "keep": 0}
     for name, ratio, expected, settings in (
-        ("dev-4bit-512-sweep-streamed", 0.33, 120, {"bits": 4, "resident": 0, "warm_up": 1, "steps": 2}),
         ("dev-4bit-512-sweep", 0.87, 60, {"bits": 4, "warm_up": 2, "steps": 5}),
         ("dev-bf16-512-sweep", 1.0, 50, {"bits": 16, "warm_up": 2, "steps": 5}),
+        ("dev-4bit-512-sweep-streamed", 0.33, 120, {"bits": 4, "resident": 0, "warm_up": 1, "steps": 2}),
     ):
         files = "blocks-dev-4" if "resident" in settings else ""
         yield Case(
