@@ -102,7 +102,7 @@ def ready(config: Config) -> Ready:
     record = find_set(store, config)
     missing = store.missing(record)
     if missing:
-        counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in missing.items())
+        counts = ", ".join(f"{len(keys)} of {kind} ({keys[0][:12]} ...)" for kind, keys in missing.items())
         raise InputError(
             f"{config.cache.path}: {counts} that this config needs are missing; run `relay encode`, it makes only those"
         )

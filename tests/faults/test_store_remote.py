@@ -4,7 +4,6 @@ import errno
 import json
 import threading
 import time
-import urllib.request
 from typing import Literal
 
 import numpy as np
@@ -18,34 +17,10 @@ from flux2_relay.cache.audit import gc, stats, sweep, verify
 from flux2_relay.cache.errors import RelayError, StoreError
 from flux2_relay.cache.keys import key_of
 
-moto = pytest.importorskip("moto.server", reason="needs moto[server], of the extra `test`")
-pytest.importorskip("obstore", reason="needs obstore, of the extra `remote`")
-
 RNG = np.random.default_rng(0)
 KEY = {"kind": "text", "dtype": "bfloat16", "caption": "a fox"}
 ARRAY = RNG.integers(0, 0x7000, (5, 40)).astype(np.uint16)
 LATENTS = RNG.standard_normal((4, 6, 8)).astype(np.float16)
-
-
-@pytest.fixture(scope="module")
-def server():
-    emulator = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    emulator.start()
-    yield "http://{}:{}".format(*emulator.get_host_and_port())
-    emulator.stop()
-
-
-@pytest.fixture
-def url(server, tmp_path, monkeypatch, request):
-    """An empty place in a bucket of its own, and a cache folder of its own."""
-    settings = {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
-    for name, value in {**settings, "ENDPOINT_URL": server}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    bucket = f"b{abs(hash(request.node.nodeid))}"
-    with urllib.request.urlopen(urllib.request.Request(f"{server}/{bucket}", method="PUT")):
-        pass
-    return f"s3://{bucket}/some/store.zarr"
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What each step trains on, and reading it ahead."""
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,7 +175,24 @@ def test_steps_come_in_order_with_what_they_asked_for(shelf: Shelf) -> None:
     found = [[batch.latents[:, 0, 0].astype(mx.int32).tolist() for _, batch in step.passes] for step in loaded]
     assert found == shelf.expected
     assert loaded[0].passes[0][1].latents.shape == (2, 16, 128)
-    assert all(step.wait_seconds >= 0 for step in loaded)
+
+
+def test_a_step_tells_how_long_it_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, real, slow = Shelf(tmp_path / "store.zarr"), cache.Store.read, threading.Event()
+
+    def read(self: cache.Store, kind: str, key: str) -> cache.Entry:
+        if kind == "latents" and not slow.is_set():
+            slow.set()
+            time.sleep(0.3)
+        return real(self, kind, key)
+
+    monkeypatch.setattr(cache.Store, "read", read)
+    waits = []
+    for loaded in shelf.load(4, batch=2):
+        waits.append(loaded.wait_seconds)
+        time.sleep(0.4 if len(waits) == 1 else 0)  # meanwhile the next is read
+    assert waits[0] >= 0.2
+    assert waits[1] < waits[0]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (3, 5), (4, 4)])
