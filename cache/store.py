@@ -198,11 +198,7 @@ class Store:
 
         Whoever publishes a set with it has the newest one.
         """
-        texts = []
-        for key in self._scan("sets"):
-            with suppress(OSError):  # damaged, or just dropped
-                texts.append(self._zarr_json("sets", key))
-        return later(at, texts)
+        return later(at, self._set_texts())
 
     def sets(self) -> list[SetRecord]:
         """Read every set -> records, newest first. StoreError for a damaged one."""
@@ -254,6 +250,11 @@ class Store:
         there = {kind: self.keys(kind) for kind, keys in wanted.items() if keys}
         lacking = {kind: [key for key in wanted[kind] if key not in keys] for kind, keys in there.items()}
         return {kind: keys for kind, keys in lacking.items() if keys}
+
+    def _set_texts(self) -> Iterator[bytes]:
+        for key in self._scan("sets"):
+            with suppress(OSError):  # damaged, or just dropped
+                yield self._zarr_json("sets", key)
 
     def _read_set(self, key: str) -> SetRecord | None:
         try:

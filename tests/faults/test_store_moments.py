@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -235,3 +236,14 @@ def test_a_clock_that_is_behind_publishes_the_newest_set_all_the_same(store):
     (store.path / "sets" / key_of({"damaged": True})).mkdir()
     _name(store, name="no time at all", at="never")
     assert store.time_for_set("1970-01-01T00:00:07+00:00") == "1970-01-01T00:00:07+00:00"
+
+
+def test_names_suit_every_file_system(store):
+    """Macs and Windows shares ignore case, rewrite accents and refuse some letters; many allow 143 bytes or more."""
+    key = store.publish("text", {"caption": "ein süßer Fuchs / aux"}, ARRAY, {})
+    store.publish("masks", {"kind": "masks"}, ARRAY, {})
+    assert store.set_aside("text", key) is not None
+    _name(store, key, name="Ä: aux")
+    names = [path.name for path in store.path.rglob("*")]
+    assert len(names) > 12
+    assert all(re.fullmatch(r"[0-9a-z]+(\.[0-9a-z]+)*", name) and len(name) <= 143 for name in names)
