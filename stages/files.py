@@ -45,7 +45,9 @@ def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         values, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(path), return_metadata=True))
         mx.eval(values)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); it is damaged or no safetensors file") from None
+        size = path.stat().st_size if path.is_file() else 0
+        why = str(error) if size else "it is empty"
+        raise InputError(f"{path}: cannot be read ({why}); it is cut off, damaged or no safetensors file") from None
     return values, metadata
 
 

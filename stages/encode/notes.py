@@ -12,13 +12,28 @@ _EXAMPLES = 5
 
 
 def notes(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
-    """Sentences about a data set: special tokens in captions, missing masks, folders named for repeats."""
+    """Sentences about a data set: captions that are cut, special tokens, missing masks, folders named for repeats."""
+    yield from _too_long(samples, tokenizer)
     yield from _special_tokens(samples, tokenizer)
     yield from _repeats(samples)
     asked = Counter(sample.options.path for sample in samples if sample.options.masks not in (None, ALPHA))
     without = Counter(s.options.path for s in samples if s.options.masks not in (None, ALPHA) and s.mask is None)
     for path, count in without.items():
         yield f"{path}: {count} of {asked[path]} pictures have no mask; all of such a picture is trained on"
+
+
+def _too_long(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
+    """Captions whose end the text encoder never reads."""
+    found = {sample.id: max(map(tokenizer.beyond, sample.captions)) for sample in samples}
+    longest = sorted(((lost, name) for name, lost in found.items() if lost), key=lambda one: (-one[0], one[1]))
+    if longest:
+        first = ", ".join(f"{name} (the last {lost})" for lost, name in longest[:_EXAMPLES])
+        more = f" and {len(longest) - _EXAMPLES} more" if len(longest) > _EXAMPLES else ""
+        yield (
+            f"captions of {len(longest)} {'picture' if len(longest) == 1 else 'pictures'} are over the limit of "
+            f"{tokenizer.length} tokens, the template's included, and what is beyond is not read: {first}{more}; "
+            "shorten them, or put what matters first"
+        )
 
 
 def _repeats(samples: Sequence[Sample]) -> Iterator[str]:

@@ -80,6 +80,13 @@ class CaptionTokenizer:
         """Token ids of the rendered caption, cut on the right to `length`, without pads."""
         return self._encode(self.template.render(caption))[: self.length]
 
+    def beyond(self, caption: str) -> int:
+        """Tokens of the rendered caption that `ids` cuts off."""
+        rendered = self.template.render(caption)
+        if len(rendered.encode("utf-8")) <= self.length:  # a token is a byte at least
+            return 0
+        return max(0, len(self._encode(rendered)) - self.length)
+
     @property
     def shares_rows(self) -> bool:
         """Whether prefix and pad rows are the same for every caption, so that only own rows need be stored."""

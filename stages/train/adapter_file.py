@@ -69,7 +69,7 @@ def read_file(path: Path | str, spec: TransformerSpec | None = None, told_by: Pa
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a LoRA in safetensors")
+        raise InputError(f"{path}: no such file or run folder; expected a run, or a LoRA in safetensors")
     values, metadata = read_tensors(path)
     if told_by is not None:
         metadata = read_tensors(told_by)[1]

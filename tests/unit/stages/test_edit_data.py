@@ -227,9 +227,26 @@ def test_special_tokens_in_captions_are_noted(dev: Path, tmp_path: Path) -> None
     save(tmp_path / "b.png", noise(64, 64, 3))
     (tmp_path / "b.txt").write_text("a fox in [brackets] < s >")
     tokenizer = load_tokenizer(dev / "tokenizer", spec.read_text_spec(dev / "text_encoder"))
-    (note,) = notes(read_samples([DataOptions(path=str(tmp_path))]), tokenizer)
+    *_, note = notes(read_samples([DataOptions(path=str(tmp_path))]), tokenizer)  # for so short a model both are long
     assert "captions of 1 picture spell special tokens" in note
     assert "a.png ([INST] </s>)" in note
+
+
+@pytest.mark.parametrize("family", ["dev", "klein"])
+def test_captions_over_the_limit_are_noted(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model: Path = request.getfixturevalue(family)
+    tokenizer = load_tokenizer(model / "tokenizer", spec.read_text_spec(model / "text_encoder"))
+    fits = next(n for n in range(tokenizer.length, 0, -1) if not tokenizer.beyond("a " * n))
+    for name, words in (("fits", fits), ("long", fits + 3), ("longer", fits + 40)):
+        save(tmp_path / f"{name}.png", noise(64, 64, 3))
+        (tmp_path / f"{name}.txt").write_text(" ".join(["a"] * words))
+    samples = read_samples([DataOptions(path=str(tmp_path))])
+    lost = {sample.id: tokenizer.beyond(sample.captions[0]) for sample in samples}
+    assert lost["fits.png"] == 0 < lost["long.png"] < lost["longer.png"]
+    (note,) = notes(samples, tokenizer)
+    assert f"captions of 2 pictures are over the limit of {tokenizer.length} tokens" in note
+    assert f"longer.png (the last {lost['longer.png']}), long.png (the last {lost['long.png']});" in note
+    assert len(tokenizer.ids(samples[1].captions[0])) == tokenizer.length
 
 
 def test_pictures_without_a_mask_are_noted(dev: Path, data: Path) -> None:
