@@ -155,7 +155,21 @@ def variants() -> Iterator[Case]:
     yield step("dev-4bit-512-portable", "dev", SMALL, Goal(), 25, bits=4, keep=0, steps=6, portable=True)
     yield step("dev-8bit-512-portable", "dev", SMALL, Goal(), 25, bits=8, keep=0, steps=6, portable=True)
     yield step("dev-4bit-832x1216-portable", "dev", (832, 1216), Goal(), 35, bits=4, keep=0, steps=3, portable=True)
+    for bits, gib in ((4, 25.5), (8, 40)):  # with a piece less in flight
+        name = f"dev-{bits}bit-1024-ahead-2"
+        yield step(name, "dev", LARGE, Goal(gib=gib), 25, bits=bits, keep=0, ahead=2, steps=5)
     yield step("dev-4bit-512-kept", "dev", SMALL, Goal(), 18, bits=4, keep=ALL, steps=6)
+
+
+def pieces() -> Iterator[Case]:
+    """Where a step's time goes."""
+    for name, bits, keep, pixels in (
+        ("dev-bf16-512-pieces", 16, ALL, SMALL),
+        ("dev-4bit-512-pieces", 4, 0, SMALL),
+        ("dev-bf16-1024-pieces", 16, ALL, LARGE),
+    ):
+        chosen = {"model": "dev", "pixels": pixels, "bits": bits, "keep": keep}
+        yield Case(name=name, kind="by_piece", settings=chosen, expected_seconds=25)
 
 
 def parallel() -> Iterator[Case]:
@@ -204,8 +218,8 @@ def sweeps() -> Iterator[Case]:
 CASES: Mapping[str, Case] = {
     case.name: case
     for group in (
-        *(kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants, parallel),
-        sweeps,
+        *(kernels, resident, quantized, klein, others, buckets, encoders, streamed, budgets, variants, pieces),
+        *(parallel, sweeps),
     )
     for case in group()
 }

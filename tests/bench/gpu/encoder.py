@@ -69,19 +69,24 @@ def run(settings: Mapping[str, Any]) -> dict[str, Any]:
         mx.set_cache_limit(GIB)
         _encode(encoder, texts[:8])
         mx.reset_peak_memory()
-        seconds = [_encode(encoder, texts) for _ in range(settings["repeats"])]
+        waits: list[float] = []
+        seconds = [_encode(encoder, texts, waits) for _ in range(settings["repeats"])]
     how = "streamed" if settings["streamed"] else "resident"
+    host = sum(waits) / len(seconds)
     return {
-        "how": f"{spec.taps[-1]} layers, {BITS} bit, {how}, {sum(map(int, texts))} own rows",
+        "how": f"{spec.taps[-1]} layers, {BITS} bit, {how}, {sum(map(int, texts))} own rows, {host:.2g} s to the host",
         "load_seconds": round(load, 2),
         "seconds": round(min(seconds), 3),
+        "host_seconds": round(host, 3),
         "all_seconds": [round(value, 3) for value in seconds],
         "peak_gib": round(mx.get_peak_memory() / GIB, 3),
     }
 
 
-def _encode(encoder: TextEncoder, texts: list[str]) -> float:
+def _encode(encoder: TextEncoder, texts: list[str], waits: list[float] | None = None) -> float:
     """Seconds until all rows are on the host, where the stage puts them into the store; passes as the stage has them.
+
+    `waits` gets the seconds that rows which are computed take from the card to the host.
 
     Streamed, one pass: the hidden states and taps of 60,000 tokens take 2.5 GB.
     """
@@ -89,7 +94,12 @@ def _encode(encoder: TextEncoder, texts: list[str]) -> float:
     tokens = sum(map(int, texts)) if isinstance(encoder.layers, StreamedLayers) else EncodeOptions().batch_tokens
     for done in encoder.passes(texts, tokens, EncodeOptions().batch_tokens):
         for _, rows in done.rows:
-            np.asarray(rows.astype(mx.float16))
+            half = rows.astype(mx.float16)
+            mx.eval(half)
+            computed = time.perf_counter()
+            np.asarray(half)
+            if waits is not None:
+                waits.append(time.perf_counter() - computed)
     return time.perf_counter() - started
 
 
