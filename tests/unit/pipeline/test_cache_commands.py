@@ -1,15 +1,22 @@
 """`relay cache`: each command on the store of a tiny project, as text and as JSON."""
 
+import io
 import json
 import os
 import shutil
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
+import tqdm
 from safetensors.numpy import load_file
 from tiny import model, project
 
 from flux2_relay import cache
+from flux2_relay.cache import audit
+from flux2_relay.pipeline import cache_commands
+from flux2_relay.pipeline.place import Where
 from flux2_relay.stages.context import assemble
 from flux2_relay.stages.train.contexts import to_mlx
 
@@ -257,3 +264,28 @@ def test_encode_deletes_what_dead_writers_left(copied, tmp_path):
     os.utime(old, (0, 0))
     assert copied.relay("encode").status == 0
     assert young.exists()
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+@pytest.mark.parametrize(("command", "says"), [("verify", "verifying"), ("stats", "reading"), ("gc", "collecting")])
+def test_a_bar_shows_how_far_it_is_on_a_terminal(copied, monkeypatch, on_terminal, command, says):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return on_terminal
+
+    screen, store = Screen(), cache.open(copied.store)
+    if command == "gc":
+        monkeypatch.setattr(audit, "_collect", lambda *_: True)
+        monkeypatch.setattr(audit._Pins, "look", lambda self: set())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        patch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0))  # nothing here takes the tenth of a second
+        {
+            "verify": lambda where: cache_commands.verify(where, False, False, True),
+            "stats": lambda where: cache_commands.stats(where, True),
+            "gc": lambda where: cache_commands.gc(where, (False, None, ()), True),
+        }[command](Where(None, (), str(copied.store)))
+    total = sum(len(store.keys(kind)) for kind in ("text", "latents", "masks")) + (command == "verify")
+    shown = [line for line in screen.getvalue().split("\r") if says in line]
+    assert bool(shown) == on_terminal
+    assert any(f"/{total} " in line for line in shown) == on_terminal
