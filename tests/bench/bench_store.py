@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 import flux2_relay.stages  # noqa: F401 - loads a BLAS before MLX
 from flux2_relay import cache
 from flux2_relay.cache import encoding
-from flux2_relay.cache.audit import verify
+from flux2_relay.cache.audit import mend, verify
 from flux2_relay.cache.keys import key_of
 from flux2_relay.stages.train.batches import Batches, load_ahead
 from flux2_relay.stages.train.contexts import Contexts
@@ -168,6 +168,11 @@ def growth(folder: Path, many: int) -> None:
     say(f"open + read of one entry among 100 and {many:,}", f"{few:.2f} / {lots:.2f} ms", "")
     say("  ratio", f"{lots / few:.2f} x", "1.3 x at most")
     say(f"scan of {many:,} entries", f"{timed(lambda: stores[1][0].keys('text')):.2f} s", "")
+    say(
+        "  quick check of them, as encode begins with",
+        f"{timed(lambda: mend(stores[1][0], {'text': keys[1]})):.1f} s",
+        "",
+    )
 
 
 def big_set(store: cache.Store, samples: int) -> None:
