@@ -1,5 +1,6 @@
 """The command line: each command checks, calls one function, prints. Nothing heavy is imported before it runs."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     A RelayError is a sentence on stderr and its exit status, without a traceback.
     """
     signals.listen()
+    calm_bars()
     try:
         cli.main(arguments, standalone_mode=False)
     except click.exceptions.Exit as leaving:
@@ -202,6 +204,12 @@ def main(arguments: list[str] | None = None) -> None:
     except signals.Terminated as leaving:
         _complain("asked to stop; everything committed so far is kept, and the same command goes on from there")
         sys.exit(leaving.exit_status)
+
+
+def calm_bars() -> None:
+    """Let progress bars write now and then, not ten times a second, where a file or a pipe takes them."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported, which is later
 
 
 def _complain(sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_the_catalogue_and_the_size_of_a_store_fit(encoded_store: Path) -> None:
         lines = printed(*arguments).splitlines()
         # A command is not broken, and neither is a path.
         assert not [line for line in lines if len(line) > 80 and "hf download" not in line and "/" not in line]
+
+
+def test_nothing_is_coloured(encoded_store: Path) -> None:
+    for arguments in (["-h"], ["models"], ["cache", "stats", "--store", encoded_store], ["trian"]):
+        for on in (Terminal, io.StringIO):
+            assert "\x1b" not in printed(*arguments, on=on)
+
+
+def test_a_bar_in_a_file_is_not_written_ten_times_a_second() -> None:
+    loop = "import time; from tqdm import tqdm\nfor _ in tqdm(range(8)): time.sleep(0.11)"
+    calm = "from flux2_relay.pipeline import cli; cli.calm_bars()\n"
+    written = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr.count(b"\r")
+        for code in (loop, calm + loop)
+    ]
+    assert written[0] >= 5 > 3 >= written[1] > 0
 
 
 @pytest.mark.parametrize("name", list(cli.commands))
