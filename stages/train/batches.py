@@ -8,10 +8,12 @@ Letters: B batch, L image tokens, R reference tokens, T text rows, C context cha
 """
 
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -70,6 +72,9 @@ class Batches:
             self._buckets.setdefault(item.bucket, []).append(item)
         if not self._buckets:
             raise InputError("the set holds no pictures; give the config a `data` section and run `relay encode`")
+        self._sorted = sorted(self._buckets.items(), key=lambda named: named[0])
+        counts = (-(-len(items) // options.batch) for _, items in self._sorted)
+        self._starts = list(accumulate(counts, initial=0))  # of each bucket's passes among those of an epoch
 
     @property
     def prior_weight(self) -> float:
@@ -92,11 +97,10 @@ class Batches:
 
     def _pass(self, number: int) -> list[Item]:
         """The items of forward pass `number` of the run: an epoch is all batches of all buckets, shuffled."""
-        counts = {name: -(-len(items) // self._options.batch) for name, items in self._buckets.items()}
-        epoch, position = divmod(number, sum(counts.values()))
-        places = [(name, n) for name in sorted(counts) for n in range(counts[name])]
-        name, n = places[self._order(len(places), "passes", epoch)[position]]
-        bucket = self._buckets[name]
+        epoch, position = divmod(number, self._starts[-1])
+        place = self._order(self._starts[-1], "passes", epoch)[position]
+        of = bisect_right(self._starts, place) - 1
+        (name, bucket), n = self._sorted[of], place - self._starts[of]
         order = self._order(len(bucket), "items " + " ".join(map(str, name)), epoch)
         # The last batch of a bucket is filled from its beginning: every pass weighs the same.
         return [bucket[order[(n * self._options.batch + i) % len(order)]] for i in range(self._options.batch)]
@@ -199,9 +203,8 @@ def load_ahead(batches: Order, store: Store, contexts: Contexts, first: int, las
                 started = time.perf_counter()
                 whole, reading = waiting.popleft()
                 passes = [_batch(reads, contexts, batches.prior_weight) for reads in reading]
-                waited = time.perf_counter() - started
                 submit(step + _AHEAD)  # only now: threads that begin to read would delay the batch that is ready
-                yield Loaded(step, passes, waited, whole)
+                yield Loaded(step, passes, time.perf_counter() - started, whole)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

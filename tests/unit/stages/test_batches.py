@@ -263,6 +263,13 @@ def test_no_more_than_two_steps_are_read_ahead(shelf: Shelf, monkeypatch: pytest
         assert max(asked) == min(loaded.step + 2, 5)
 
 
+def test_finding_out_what_comes_next_counts_as_waiting(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda self, step: time.sleep(0.02) or real(self, step))
+    waits = [loaded.wait_seconds for loaded in shelf.load(5)]
+    assert min(waits[:3]) >= 0.02  # the last two have nothing to look for
+
+
 def test_captions_of_another_width_are_refused(shelf: Shelf) -> None:
     with pytest.raises(InputError, match=r"have 6 channels, but .* reads 7"):
         open_contexts(shelf.store, shelf.body, 7)
