@@ -65,7 +65,8 @@ def test_nothing_is_coloured(encoded_store: Path) -> None:
             assert "\x1b" not in printed(*arguments, on=on)
 
 
-def test_a_bar_in_a_file_is_not_written_ten_times_a_second() -> None:
+def test_a_bar_in_a_file_is_not_written_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_MININTERVAL", raising=False)  # a command may have run in this process before
     loop = "import time; from tqdm import tqdm\nfor _ in tqdm(range(8)): time.sleep(0.11)"
     calm = "from flux2_relay.pipeline import cli; cli.calm_bars()\n"
     written = [
