@@ -115,3 +115,29 @@ def test_a_pushed_store_trains_where_nothing_else_is(
     assert isinstance(values, dict)
     assert values.keys() == adapter.keys()
     assert all(bool(mx.array_equal(values[name], adapter[name])) for name in adapter)
+
+
+def test_shards_fill_a_bucket_and_a_machine_that_has_the_transformer_alone_trains_from_it(
+    encoded: Callable[..., Project], dev: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, place = encoded(), f"--set=cache.path={url}"
+    for shard in ("1/2", "2/2"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / shard.replace("/", "of")))  # a machine of its own
+        outcome = here.relay("encode", "--shard", shard, place)
+        assert outcome.status == 0, outcome.said
+    assert here.relay("train", place).status == 0
+    store = cache.open(url)
+    assert store.missing(store.sets()[0], patient=False) == {}
+    assert (verify(store).faults, verify(store).missing) == ((), {})
+    there = tmp_path / "there"
+    shutil.copytree(dev / "transformer", there / dev.name / "transformer")
+    shutil.copy(dev / "model_index.json", there / dev.name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(there / "memory"))
+    project = Project(there, there / dev.name, there / here.data.name).write()
+    outcome = project.relay("train", place)
+    assert outcome.status == 0, outcome.said
+    values, expected = (mx.load(str(of.run / "adapter.safetensors")) for of in (project, here))
+    assert isinstance(values, dict)
+    assert isinstance(expected, dict)
+    assert values.keys() == expected.keys()
+    assert all(bool(mx.array_equal(values[name], expected[name])) for name in expected)
