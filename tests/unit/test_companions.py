@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny.pages import png
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages.encode.dataset import DataOptions, Sample, read_samples
 
 
 def write(folder: Path, *names: str) -> Path:
-    """Empty files, and a caption beside each picture that begins with `p`; no picture is opened."""
+    """Empty files, and a caption beside each picture that begins with `p`; no picture is opened, but beside a fault."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,8 @@ def test_references_come_folder_by_folder_and_by_their_numbers(tmp_path: Path) -
 
 def test_pictures_without_a_reference_are_named_together(tmp_path: Path) -> None:
     data, references = write(tmp_path / "data", "p1.png", "p2.png", "p3.png"), write(tmp_path / "r", "p1.png")
+    for picture in data.glob("*.png"):
+        picture.write_bytes(png(16, 16))
     said = refusal(data, references=(str(references),))
     assert f"data.references: {references} has no image of the same base name" in said
     assert said.endswith("for:\n  p2.png\n  p3.png")

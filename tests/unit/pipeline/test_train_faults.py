@@ -43,13 +43,13 @@ def breaking(monkeypatch: pytest.MonkeyPatch, bad: set[int], of: str) -> None:
     """Make the loss or a gradient of these steps (from 1) not finite."""
     real = step._pass
 
-    def gone_bad(transformer, draws, batch, number, terms):
-        loss, gradients, sigmas = yield from real(transformer, draws, batch, number, terms)
-        if number + 1 in bad and of == "loss":
-            loss = loss * mx.inf
-        if number + 1 in bad and of == "gradient":
-            gradients = {name: value * mx.nan for name, value in gradients.items()}
-        return loss, gradients, sigmas
+    def gone_bad(asked, number, means):
+        yield from real(asked, number, means)
+        (one,), (mean,) = asked, means
+        if one.loaded.step + 1 in bad and of == "loss":
+            mean.losses[-1] *= mx.inf
+        if one.loaded.step + 1 in bad and of == "gradient":
+            mean.sums = {name: value * mx.nan for name, value in mean.sums.items()}
 
     monkeypatch.setattr(step, "_pass", gone_bad)
 
@@ -252,10 +252,10 @@ TOLD = {
 def test_an_error_of_the_device_is_explained(encoded: Callable, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     project, real = encoded(**QUIET), step._pass
 
-    def failing(transformer, draws, batch, number, terms):
-        if number == 3:
+    def failing(asked, number, means):
+        if asked[0].loaded.step == 3:
             raise RuntimeError(text)
-        return real(transformer, draws, batch, number, terms)
+        return real(asked, number, means)
 
     with monkeypatch.context() as patch:
         patch.setattr(step, "_pass", failing)
