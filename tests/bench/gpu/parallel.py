@@ -48,21 +48,24 @@ def cards() -> int:
 
 def speed(settings: Mapping[str, Any], folder: Path, module: str = "parallel_rank") -> dict[str, Any]:
     """Steps of one rank, then of several; `ratio` is one over the other, 1 where ranks cost nothing."""
-    alone, *_ = together(module, settings, 1, folder)
     ranks = settings["ranks"]
+    each = [together(module, settings, 1, folder, card)[0]["seconds"] for card in range(ranks)]
+    alone = each[0]
     found = together(module, settings, ranks, folder)
     seconds = max(one["seconds"] for one in found)
     # The least of them: in the others' there is waiting for the slowest rank as well. Torch does not tell it apart.
     reduced = min((one["reduce_seconds"] / seconds for one in found if "reduce_seconds" in one), default=None)
     share = "" if reduced is None else f", {100 * reduced:.2g} % of it the reduction"
+    said = ", ".join(f"{value:.3g}" for value in each)
     return {
-        "how": f"{ranks} ranks{share}; one rank {alone['seconds']:.3g} s; {ranks / seconds:.3g} items a second",
+        "how": f"{ranks} ranks{share}; one rank {said} s; {ranks / seconds:.3g} items a second",
         "ranks": ranks,
         "seconds": seconds,
-        "alone_seconds": alone["seconds"],
-        "ratio": round(seconds / alone["seconds"], 4),
+        "alone_seconds": alone,
+        "alone_by_card": each,
+        "ratio": round(seconds / alone, 4),
         "items_per_second": round(ranks / seconds, 3),
-        "alone_items_per_second": round(1 / alone["seconds"], 3),
+        "alone_items_per_second": round(1 / alone, 3),
         "reduce_share": reduced,
         "peak_gib": max(one["peak_gib"] for one in found),
         "by_rank": found,
@@ -106,9 +109,9 @@ def killed(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def together(module: str, settings: Mapping[str, Any], ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many ranks found."""
-    processes = start(module, settings, ranks, folder)
+def together(module: str, settings: Mapping[str, Any], ranks: int, folder: Path, card: int = 0) -> list[dict[str, Any]]:
+    """What each of so many ranks found; the first has this card."""
+    processes = start(module, settings, ranks, folder, card)
     try:
         said = [process.communicate(timeout=LIMIT) for process in processes]
     finally:
@@ -120,19 +123,21 @@ def together(module: str, settings: Mapping[str, Any], ranks: int, folder: Path)
     return [json.loads(printed.strip().splitlines()[-1]) for printed, _ in said]
 
 
-def start(module: str, settings: Mapping[str, Any], ranks: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """The processes of so many ranks."""
+def start(
+    module: str, settings: Mapping[str, Any], ranks: int, folder: Path, card: int = 0
+) -> list[subprocess.Popen[str]]:
+    """The processes of so many ranks; the first has this card."""
     command = [sys.executable, "-W", "ignore", "-c", START.format(module=module), str(HERE.parents[1])]
     command += [json.dumps(dict(settings)), str(folder)]
     return [
         subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parents[2]
         )
-        for environment in environments(ranks, settings.get("tiny", False), folder)
+        for environment in environments(ranks, settings.get("tiny", False), folder, card)
     ]
 
 
-def environments(ranks: int, is_tiny: bool, folder: Path) -> list[dict[str, str]]:
+def environments(ranks: int, is_tiny: bool, folder: Path, card: int = 0) -> list[dict[str, str]]:
     """The variables that a launcher would set for each rank, for MLX and for torch."""
     first = free_ports(ranks)
     hosts = folder / f"hosts-{first}.json"
@@ -147,7 +152,7 @@ def environments(ranks: int, is_tiny: bool, folder: Path) -> list[dict[str, str]
     common = {**os.environ, **parent.named(), **torch, **ours}
     found = cards()
     own = [
-        {"MLX_RANK": str(rank), "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank % max(1, found))}
+        {"MLX_RANK": str(rank), "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str((card + rank) % max(1, found))}
         for rank in range(ranks)
     ]
     if found < ranks:  # NCCL refuses two ranks on one card, unless it takes them for two machines
