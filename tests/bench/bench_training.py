@@ -1,4 +1,4 @@
-"""Reading beside training: `python tests/bench/bench_training.py [--only streamed|waiting|sweep] [--small]`.
+"""Reading beside training: `python tests/bench/bench_training.py [--only streamed|waiting|sweep|plan] [--small]`.
 
 Random weights of width 1024 (2 + 6 blocks, float32, rank 16, 256 image and 128 text tokens) on the CPU, through the
 loop that `relay train` runs; each measurement in a process of its own. `streamed`: the base read from disk block by
@@ -6,7 +6,8 @@ block at every step, with the page cache emptied of it before each pass where th
 timed), against the same reads without a step and the same step with all blocks in memory. `waiting`: the share of a
 step of batch 4 that it waits for data, from a store of 10,000 entries. `sweep`: four runs together over one base
 against the same four one after another, all blocks resident, 8 bit resident and streamed, and whether their losses are
-equal. `--small` only shows that the script works.
+equal. `plan`: the predicted peak of arrays against MLX's, with the process's largest size beside it, on three widths
+under three budgets. `--small` only shows that the script works.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ CONFIG |= {"axes_dims_rope": [32, 32, 32, 32], "joint_attention_dim": CONTEXT, "
 SMALL = {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 2}
 ALLOWED = 300e6  # bytes of the process beside blocks, adapters and activations
 STEPS, WARM_UP, RUNS = 6, 2, 4
+BUDGETS = ("roomy", "weights alone", "streamed")
+WIDTHS = {512: 4, 768: 6, 1024: 8}  # and heads
 
 
 @dataclass(slots=True)
@@ -228,6 +232,29 @@ def sweep(folder: Path, stream: str, bits: int) -> dict[str, Any]:
     return {"together": statistics.median(pace[WARM_UP:]), "alone": alone, "equal": losses[0] == losses[1]}
 
 
+def planned(folder: Path, budget: str) -> dict[str, Any]:
+    """Two steps under a budget: predicted peak, that of arrays above what was there before, that of the process."""
+    import mlx.core as mx
+
+    from flux2_relay.stages import folders, spec
+    from flux2_relay.stages.measure import peak_resident_bytes, resident_bytes
+    from flux2_relay.stages.train import layout, loop, options
+
+    job, places = job_of(folder, 1, "auto", 2), folders.find(str(folder / "model"))
+    of = spec.read_transformer_spec(places.transformer)
+    room = {"roomy": 10**12}
+    for name, resident in (("weights alone", of.blocks), ("streamed", 0)):
+        room[name] = layout.predict(of, loop.load_of(job, of), 32, resident).peak_bytes
+    job = replace(job, memory=options.MemoryOptions(bits=32, budget=room[budget]))
+    chosen, started = loop.layout_of(job, of), resident_bytes()
+    model = loop.load(job, places, of, chosen, lambda _: None)
+    mx.reset_peak_memory()
+    loop.train(job, model, Lines())
+    model.residence.close()
+    found = {"predicted": chosen.peak_bytes, "arrays": mx.get_peak_memory()}
+    return {**found, "process": peak_resident_bytes(), "started": started, "in_words": chosen.in_words()}
+
+
 MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "read": read,
     "resident": lambda folder: train(folder, "never", 1, STEPS),
@@ -236,6 +263,7 @@ MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sweep": lambda folder: sweep(folder, "never", 32),
     "sweep 8 bit": lambda folder: sweep(folder, "never", 8),
     "sweep streamed": lambda folder: sweep(folder, "always", 32),
+    **{f"plan {budget}": partial(planned, budget=budget) for budget in BUDGETS},
 }
 
 
@@ -290,12 +318,30 @@ def sweeps(folder: Path, runs: int) -> None:
         )
 
 
+def plans(folder: Path, is_small: bool) -> None:
+    """Three widths under three budgets, a line each."""
+    for width, heads in {256: 2}.items() if is_small else WIDTHS.items():
+        place = folder / str(width)
+        make_model(place / "model", {**CONFIG, "num_attention_heads": heads})
+        (place / "set.json").write_text(json.dumps(make_store(place / "store.zarr", 10)))
+        for budget in BUDGETS:
+            one = in_a_process(f"plan {budget}", place)
+            predicted, arrays, process, started = (
+                one[name] / 1e6 for name in ("predicted", "arrays", "process", "started")
+            )
+            print(
+                f"plan: {width} wide, budget {budget}: predicted {predicted:.0f} MB, arrays {arrays:.0f} MB "
+                f"({arrays / predicted:.3f} x), process {process:.0f} MB, of which {started:.0f} MB before the model",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Make model and stores, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", choices=["streamed", "waiting", "sweep"])
+    parser.add_argument("--only", choices=["streamed", "waiting", "sweep", "plan"])
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     import flux2_relay.stages  # noqa: F401 - loads a BLAS before MLX
@@ -305,8 +351,13 @@ def main() -> None:
         print(json.dumps(MEASURED[what](Path(folder))))
         return
     print(f"{THREADS} threads, load {os.getloadavg()[0]:.1f}, {arguments.runs} runs each in turn, medians")
-    entries = {"streamed": 40, "waiting": 200 if arguments.small else 10_000, "sweep": 40}
-    cases = {"streamed": streamed, "waiting": lambda folder, _: waiting(folder, entries["waiting"]), "sweep": sweeps}
+    entries = {"streamed": 40, "waiting": 200 if arguments.small else 10_000, "sweep": 40, "plan": 10}
+    cases = {
+        "streamed": streamed,
+        "waiting": lambda folder, _: waiting(folder, entries["waiting"]),
+        "sweep": sweeps,
+        "plan": lambda folder, _: plans(folder, arguments.small),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch) / "model", {**CONFIG, **(SMALL if arguments.small else {})})
         for what in [arguments.only] if arguments.only else entries:

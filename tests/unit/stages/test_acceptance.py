@@ -74,6 +74,8 @@ class Perfect(Examiner):
                 s = 1 - s
             case "thousands":
                 s = s / 1000
+            case "thousandths":
+                s = s * 1000
             case "sign":
                 return -self.best(x, batch, s)
         return self.best(x, batch, s)
@@ -130,6 +132,7 @@ def test_a_perfect_model_passes() -> None:
         ("sign", "the sign of the velocity is turned"),
         ("time", "time runs the other way"),
         ("thousands", "wants sigma x 1000"),
+        ("thousandths", "wants sigma / 1000"),
         ("text", "text: the captions' contexts mislead it"),
         ("untrained", "never trained or are damaged"),
     ],
