@@ -1,14 +1,21 @@
 """What is worth a sentence before encoding: nothing that is wrong, but that somebody may not have meant."""
 
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
 
 from flux2_relay.stages.encode.companions import ALPHA
 from flux2_relay.stages.encode.dataset import Sample
+from flux2_relay.stages.encode.entries import Wanted
 from flux2_relay.stages.encode.templates import CaptionTokenizer
+from flux2_relay.stages.measure import in_words
 
 _EXAMPLES = 5
+_KEPT_FREE = 1 << 30  # bytes of a disk that nobody should count on
+_SLACK_BYTES = 12 << 10  # of an entry: its folder and two files
 
 
 def notes(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:
@@ -20,6 +27,30 @@ def notes(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[st
     without = Counter(s.options.path for s in samples if s.options.masks not in (None, ALPHA) and s.mask is None)
     for path, count in without.items():
         yield f"{path}: {count} of {asked[path]} pictures have no mask; all of such a picture is trained on"
+
+
+def of_disk(
+    folder: Path,
+    want: Wanted,
+    missing: Mapping[str, Collection[str]],
+    tokenizer: CaptionTokenizer,
+    item_bytes: tuple[int, int],
+) -> Iterator[str]:
+    """Whether the disk of the store may be full before its end, were nothing of the entries to shrink.
+
+    `item_bytes` are those of a text row and of a place of 16 x 16 pixels.
+    """
+    of_row, of_place = item_bytes
+    rows = sum(tokenizer.cost(str(want.text[key]["caption"] or "")) for key in missing.get("text", ()))
+    places = sum(prod(want.latents[key].placement.crop[2:]) // 256 for key in missing.get("latents", ()))
+    needed = rows * of_row + places * of_place + _SLACK_BYTES * sum(map(len, missing.values()))
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = max(0, shutil.disk_usage(place).free - _KEPT_FREE)
+    if needed > free:
+        yield (
+            f"warning: the entries to come take up to {in_words(needed)}, and {in_words(free)} are free in {place} "
+            "beyond a reserve of 1 GiB: the disk may be full before the end. Make room, or set cache.path elsewhere"
+        )
 
 
 def _too_long(samples: Sequence[Sample], tokenizer: CaptionTokenizer) -> Iterator[str]:

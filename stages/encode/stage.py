@@ -35,7 +35,7 @@ from flux2_relay.stages.encode.entries import (
     wanted,
 )
 from flux2_relay.stages.encode.layout import TextLayout, text_layout
-from flux2_relay.stages.encode.notes import notes
+from flux2_relay.stages.encode.notes import notes, of_disk
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.sharing import WHOLE, Shard, own_order
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
@@ -85,6 +85,11 @@ class Encoded:
     others: int = 0  # entries of other shards that are not there yet
 
 
+def _item(dtype: str) -> int:
+    """Bytes of a number as the store keeps it."""
+    return 4 if dtype == "float32" else 2
+
+
 def encode(job: Job) -> Encoded:
     """Fill the store with every entry that the job needs and that falls to its shard.
 
@@ -103,6 +108,10 @@ def encode(job: Job) -> Encoded:
     if damaged := audit.mend(job.store, job.shard.of(needs(record.body))):
         job.say(f"{job.store.name}: {len(damaged)} damaged entries are made again, {damaged[0].key[:12]} among them")
     missing = job.store.missing(record, patient=False)
+    places = vae_spec.patch[0] * vae_spec.patch[1] * vae_spec.latent_channels
+    item_bytes = text_spec.context_width * _item(job.text_dtype), places * _item(job.latents_dtype)
+    for note in of_disk(job.store.path, want, missing, tokenizer, item_bytes):
+        job.say(note)
     present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, missing.values()))
     captions = pictures = 0
     for _ in range(_ROUNDS):

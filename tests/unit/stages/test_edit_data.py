@@ -1,6 +1,8 @@
 """Masks and references from files into the store: what is read, what is keyed, what is refused, what training gets."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,20 @@ def test_captions_over_the_limit_are_noted(family: str, tmp_path: Path, request:
     assert f"captions of 2 pictures are over the limit of {tokenizer.length} tokens" in note
     assert f"longer.png (the last {lost['longer.png']}), long.png (the last {lost['long.png']});" in note
     assert len(tokenizer.ids(samples[1].captions[0])) == tokenizer.length
+
+
+def test_a_disk_that_may_fill_is_told_before_encoding(
+    dev: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path, dev, data / "pictures").write()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, (1 << 30) + 1000))
+    outcome = project.relay("encode")
+    assert outcome.status == 0, outcome.said
+    (told,) = re.findall(r"entries to come take up to ([\d.]+) kB, and 1 kB are free", outcome.said)
+    stored = sum(path.stat().st_size for path in project.store.rglob("c.*"))
+    assert stored < float(told) * 1000 < 10 * stored + 40 * 12_288
+    assert outcome.said.index("disk may be full") < outcome.said.index("encoded ")
+    assert "disk may be full" not in project.relay("encode").said  # nothing is to come
 
 
 def test_pictures_without_a_mask_are_noted(dev: Path, data: Path) -> None:
