@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from flux2_relay.stages import figures, identity, packed, vae
-from flux2_relay.stages.encode import stage
+from flux2_relay.stages.encode import spill, stage
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import Wanted, wanted
 from flux2_relay.stages.encode.layout import text_layout
@@ -17,6 +17,7 @@ from flux2_relay.stages.encode.notes import notes
 from flux2_relay.stages.encode.stage import Job
 from flux2_relay.stages.encode.survey import Survey, survey
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
+from flux2_relay.stages.measure import in_words
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
 from flux2_relay.stages.weights import Tensors
 
@@ -102,10 +103,10 @@ def forecast(job: Job, hash_weights: Callable[[Tensors], None] | None) -> Foreca
 
 def text_phase(job: Job, known: Forecast, missing: Collection[str]) -> TextPhase:
     """The turn of the text encoder for these missing entries; InputError where the budget is too small."""
-    layout = text_layout(known.text, job.encode, job.budget_bytes, known.tensors)
     captions = [known.want.text[key]["caption"] for key in missing]
     costs = [known.tokenizer.cost(str(caption)) for caption in captions if caption is not None]
     tokens = sum(costs)
+    layout = text_layout(known.text, job.encode, job.budget_bytes, known.tensors, tokens, spill.room_bytes())
     a_pass = len(costs) if tokens <= layout.pass_tokens else max(1, layout.pass_tokens * len(costs) // tokens)
     pace = figures.recall("text tokens", stage.pace_of_text(known.encoder, job.encode, layout))
     weights = known.packing.in_words() if known.packing else f"{job.encode.bits} bit"
@@ -113,7 +114,8 @@ def text_phase(job: Job, known: Forecast, missing: Collection[str]) -> TextPhase
         captions=len(costs),
         tokens=tokens,
         layout=f"{known.text.taps[-1]} of {known.text.layers} layers, {weights}, "
-        + ("streamed from disk" if layout.streamed else "resident"),
+        + ("streamed from disk" if layout.streamed else "resident")
+        + (f", hidden states in a file of {in_words(layout.file_bytes(tokens))}" if layout.spilled else ""),
         streamed=layout.streamed,
         passes=-(-len(costs) // max(1, a_pass)),
         captions_a_pass=a_pass,

@@ -19,7 +19,7 @@ class Rows(ABC):
     def __init__(self, hidden: mx.array) -> None:
         """Start from the embedding rows [B, n, H]."""
         self.hidden = hidden
-        self._taps: list[mx.array] = []
+        self.taps: list[mx.array] = []
 
     @property
     def tokens(self) -> int:
@@ -32,11 +32,11 @@ class Rows(ABC):
 
     def tap(self) -> None:
         """Keep the hidden states as they stand: raw, not normalised."""
-        self._taps.append(self.hidden)
+        self.taps.append(self.hidden)
 
     def tapped(self) -> mx.array:
         """The taps side by side, [B, n, C]."""
-        return mx.concatenate(self._taps, axis=-1)
+        return mx.concatenate(self.taps, axis=-1)
 
 
 class PrefixRows(Rows):
@@ -110,7 +110,8 @@ class AllRows(CaptionRows):
     def __init__(self, indices: Sequence[int], lengths: Sequence[int], hidden: mx.array) -> None:
         """The mask [B, 1, T, longest] follows from the lengths."""
         super().__init__(indices, lengths, hidden)
-        rows, keys = np.arange(hidden.shape[1])[:, None], np.arange(max(lengths))[None]
+        self._width = hidden.shape[1]
+        rows, keys = np.arange(self._width)[:, None], np.arange(max(lengths))[None]
         real = keys[None] < np.array(lengths)[:, None, None]
         self._mask = mx.array((real & (keys <= rows))[:, None].astype(np.uint8)).astype(mx.bool_)
 
@@ -119,7 +120,7 @@ class AllRows(CaptionRows):
         self.hidden = layer(self.hidden, self._mask, _RealKeys(self._mask.shape[-1]))
 
     def _kept(self, length: int) -> int:
-        return self.hidden.shape[1]
+        return self._width
 
 
 class _RealKeys(KVCache):

@@ -1,8 +1,8 @@
 """How the work of stage one is divided among processes that fill one store.
 
-Nothing is claimed or locked: an entry that two make at the same time is merely made twice. Without a word about it,
-each process takes the missing entries in an order of its own and leaves out what is there by then. Told its shard, a
-process takes only the keys that fall to it, which are the same on every machine.
+Nothing is locked: an entry that two make at the same time is merely made twice. Without a word about it, each process
+takes the missing entries in an order of its own and leaves out what is there by then, and what others say that they are
+at (`claims.py`). Told its shard, a process takes only the keys that fall to it, which are the same on every machine.
 """
 
 import random

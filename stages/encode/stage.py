@@ -6,7 +6,7 @@ stage two reads. What is in the store already is not encoded again; when nothing
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,8 @@ from flux2_relay.cache.errors import InputError, RelayError
 from flux2_relay.cache.sets import SetRecord, needs
 from flux2_relay.cache.writer import Writer
 from flux2_relay.stages import blas, figures, fp8, identity, measure, names, packed, vae
-from flux2_relay.stages.encode import images, masks
+from flux2_relay.stages.encode import images, masks, spill
+from flux2_relay.stages.encode.claims import Claims
 from flux2_relay.stages.encode.dataset import Sample
 from flux2_relay.stages.encode.encoder_weights import encoder_identity, encoder_packings, open_encoder
 from flux2_relay.stages.encode.entries import (
@@ -47,6 +48,7 @@ from flux2_relay.stages.weights import Tensors, listing
 TextWants = Mapping[str, Mapping[str, object]]
 """Text entries to be made: key -> key object."""
 
+_AT_ONCE = 8  # pictures that a process claims: as many may be waited for at the end
 _ROUNDS = 3  # how often entries that vanish while we encode are made again before we give up
 
 environ.setdefault("MLX_ENABLE_TF32", "0")  # stage one runs once: float32 means float32, on every device
@@ -113,20 +115,22 @@ def encode(job: Job) -> Encoded:
     for note in of_disk(job.store.path, want, missing, tokenizer, item_bytes):
         job.say(note)
     present = len(want.text) + len(want.latents) + len(want.masks) - sum(map(len, missing.values()))
-    captions = pictures = 0
-    for _ in range(_ROUNDS):
-        mine = job.shard.of(missing)
-        if not mine:
-            break
-        bad = _encode_masks(job, {key: want.masks[key] for key in mine.get("masks", ())})
-        if keys := mine.get("text"):
-            captions += _text_in_turn(job, text_spec, tokenizer, own_order({key: want.text[key] for key in keys}))
-        if keys := mine.get("latents"):
-            done, unread = _latents_in_turn(job, vae_spec, own_order({key: want.latents[key] for key in keys}))
-            pictures, bad = pictures + done, bad + unread
-        missing = _still_missing(job, record)
-        if bad:
-            raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
+    captions = pictures = rounds = 0
+    with Claims(job.store.path / "tmp/claims") as claims:
+        while (mine := job.shard.of(missing)) and rounds < _ROUNDS:
+            bad = _encode_masks(job, {key: want.masks[key] for key in mine.get("masks", ())})
+            if keys := claims.free(mine.get("text", ())):
+                wants = own_order({key: want.text[key] for key in keys})
+                captions += _text_in_turn(job, claims, text_spec, tokenizer, wants)
+            if keys := claims.free(mine.get("latents", ())):
+                wants = own_order({key: want.latents[key] for key in keys})
+                done, unread = _latents_in_turn(job, claims, vae_spec, wants)
+                pictures, bad = pictures + done, bad + unread
+            waited = _await_others(job, claims, _still_missing(job, record))
+            rounds += not waited
+            missing = _still_missing(job, record)
+            if bad:
+                raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
     if mine := job.shard.of(missing):
         counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in mine.items())
         raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
@@ -225,13 +229,22 @@ def _still_missing(job: Job, record: SetRecord) -> dict[str, list[str]]:
     return job.store.missing(record, patient=False)
 
 
-def _text_in_turn(job: Job, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> int:
+def _await_others(job: Job, claims: Claims, missing: Mapping[str, Sequence[str]]) -> bool:
+    """Wait for the entries that other processes are making -> whether there were any."""
+    theirs = {kind: claims.others(keys) for kind, keys in job.shard.of(missing).items()}
+    if count := sum(map(len, theirs.values())):
+        job.say(f"{job.store.name}: waiting for {count} entries that another process is making")
+    for kind, keys in theirs.items():
+        claims.wait_for(keys, partial(job.store.has, kind))
+    return count > 0
+
+
+def _text_in_turn(job: Job, claims: Claims, spec: TextSpec, tokenizer: CaptionTokenizer, wants: TextWants) -> int:
     blas.suit(spec.hidden)
     tensors = open_encoder(job.folders.text_encoder, spec)
-    packing = packed.summary(encoder_packings(tensors, spec))
-    layout = text_layout(spec, job.encode, job.budget_bytes, tensors)
     costs = [tokenizer.cost(str(key["caption"])) for key in wants.values() if key["caption"] is not None]
-    work = partial(_encode_text, job, tokenizer, wants, layout, packing)
+    layout = text_layout(spec, job.encode, job.budget_bytes, tensors, sum(costs), spill.room_bytes())
+    work = partial(_encode_text, job, claims, tokenizer, wants, layout)
     pace = figures.recall("text tokens", pace_of_text(_encoder_of(wants), job.encode, layout))
     seconds = sum(costs) / pace.per_second if pace else None
     return in_turn("text encoder", partial(work, spec), job.say, layout.peak_bytes(sum(costs), len(costs)), seconds)
@@ -243,40 +256,42 @@ def _encoder_of(wants: TextWants) -> object:
 
 
 def _encode_text(
-    job: Job,
-    tokenizer: CaptionTokenizer,
-    wants: TextWants,
-    layout: TextLayout,
-    packing: packed.Packing | None,
-    spec: TextSpec,
+    job: Job, claims: Claims, tokenizer: CaptionTokenizer, wants: TextWants, layout: TextLayout, spec: TextSpec
 ) -> int:
-    """Encode captions, those left out that another process has seen to -> how many."""
+    """Encode captions, those left out that another process has seen to or is at -> how many."""
     from flux2_relay.stages.encode import text  # only here: mlx-lm takes seconds to import
 
     encoder = text.load_text_encoder(
         job.folders.root, spec, job.encode.bits, job.folders.text_encoder, tokenizer, layout.streamed
     )
+    packing = packed.summary(encoder_packings(encoder.tensors, spec))
     weights = packing.in_words() if packing else f"{job.encode.bits} bit"
     say_loaded(f"text encoder ({layout.in_words(spec, weights)})", job.say)
-    by_caption = {str(of["caption"]): (key, of) for key, of in wants.items() if of["caption"] is not None}
-    captions = list(by_caption)
-    shared = {str(key["rows"]): key for key in wants.values() if key["caption"] is None}
+    encoder = replace(encoder, spill=spill.folder() if layout.spilled else None)
+    keys = {str(of["caption"]): key for key, of in wants.items() if of["caption"] is not None}
+    captions = list(keys)
+    shared = {str(of["rows"]): key for key, of in wants.items() if of["caption"] is None}
     total, started, encoded = sum(map(encoder.cost, captions)), time.perf_counter(), []
 
-    def is_needed(index: int) -> bool:
-        return not job.store.has("text", by_caption[captions[index]][0])
+    def choose(indices: list[int]) -> list[int]:
+        mine = claims.take([*shared.values(), *(keys[captions[index]] for index in indices)])
+        mine = {key for key in mine if not job.store.has("text", key)}
+        return [index for index in indices if keys[captions[index]] in mine]
 
-    bar = tqdm(total=total, desc=f"{len(captions)} captions", unit="token", unit_scale=True, dynamic_ncols=True)
-    with Writer(job.store) as writer, bar:
-        advance = partial(_advance, bar)
-        for done in encoder.passes(captions, layout.pass_tokens, job.encode.batch_tokens, advance, is_needed):
-            for name, rows in done.shared.items():
-                if key := shared.pop(name, None):
-                    writer.put("text", key, _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]})
-            for index, rows in done.rows:
-                made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
-                writer.put("text", by_caption[captions[index]][1], _stored(rows, job.text_dtype), made)
-                encoded.append(encoder.cost(captions[index]))
+    with tqdm(total=total, desc=f"{len(captions)} captions", unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        advance = partial(_advance, bar, claims)
+        for done in encoder.passes(captions, layout.pass_tokens, layout.batch_tokens, advance, choose):
+            with Writer(job.store) as writer:
+                for name, rows in done.shared.items():
+                    if key := shared.pop(name, None):
+                        writer.put(
+                            "text", wants[key], _stored(rows, job.text_dtype), {**_made(), "tokens": rows.shape[0]}
+                        )
+                for index, rows in done.rows:
+                    made = {**_made(), "tokens": len(tokenizer.ids(captions[index]))}
+                    writer.put("text", wants[keys[captions[index]]], _stored(rows, job.text_dtype), made)
+                    encoded.append(encoder.cost(captions[index]))
+            claims.release()  # now that they are in the store
     pace = pace_of_text(_encoder_of(wants), job.encode, layout)
     figures.note("text tokens", pace, sum(encoded), time.perf_counter() - started)
     return len(encoded)
@@ -307,12 +322,14 @@ def _encode_masks(job: Job, wants: Mapping[str, MaskWant]) -> list[str]:
     return bad
 
 
-def _latents_in_turn(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
+def _latents_in_turn(
+    job: Job, claims: Claims, spec: VaeSpec, wants: Mapping[str, LatentsWant]
+) -> tuple[int, list[str]]:
     _, peak = vae.encoder_peak(spec, largest_of(wants.values()), job.budget_bytes)
     pace = figures.recall("pixels", pace_of_vae(spec))
     pixels = sum(prod(want.placement.crop[2:]) for want in wants.values())
     seconds = pixels / pace.per_second if pace else None
-    return in_turn("VAE encoder", partial(_encode_latents, job, spec, wants), job.say, peak, seconds)
+    return in_turn("VAE encoder", partial(_encode_latents, job, claims, spec, wants), job.say, peak, seconds)
 
 
 def largest_of(wants: Iterable[LatentsWant]) -> tuple[int, int]:
@@ -320,8 +337,8 @@ def largest_of(wants: Iterable[LatentsWant]) -> tuple[int, int]:
     return max((want.placement.crop[2:] for want in wants), key=prod)
 
 
-def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
-    """Encode pictures one at a time, those left out that another process has seen to.
+def _encode_latents(job: Job, claims: Claims, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -> tuple[int, list[str]]:
+    """Encode pictures one at a time, those left out that another process has seen to or is at.
 
     -> How many, and what is wrong with those that could not be read.
     """
@@ -329,26 +346,38 @@ def _encode_latents(job: Job, spec: VaeSpec, wants: Mapping[str, LatentsWant]) -
     rows = encoder.strip_rows(largest_of(wants.values()), job.budget_bytes)
     how = "pictures whole" if rows is None else f"in strips of {rows} rows where pictures are too large to go whole"
     say_loaded(f"VAE encoder (float32, {how})", job.say)
-    bad, pixels, started = [], [], time.perf_counter()
-    with Writer(job.store) as writer:
-        for key, want in tqdm(wants.items(), desc="images", unit="image", dynamic_ncols=True):
-            if job.store.has("latents", key):
-                continue
-            try:
-                picture = images.read_pixels(want.image, want.placement, want.background)
-                identity.confirm(want.image, want.key["source"])  # it may be hours since it was hashed
-                latents = encoder.encode(mx.array(picture)[None], job.budget_bytes)[0]
-            except RelayError as error:
-                bad.append(str(error) if isinstance(error, InputError) else f"{want.image}: {error}")
-                continue
-            writer.put("latents", want.key, _stored(latents, job.latents_dtype), _made())
-            pixels.append(prod(want.placement.crop[2:]))
+    keys, bad, pixels, started = list(wants), [], [], time.perf_counter()
+    with tqdm(total=len(keys), desc="images", unit="image", dynamic_ncols=True) as bar:
+        for some in (keys[first : first + _AT_ONCE] for first in range(0, len(keys), _AT_ONCE)):
+            mine = claims.take(some)
+            bar.update(len(some) - len(mine))
+            with Writer(job.store) as writer:
+                for key in mine:
+                    bar.update()
+                    claims.sign()
+                    if job.store.has("latents", key):
+                        continue
+                    try:
+                        latents = _latents_of(job, encoder, wants[key])
+                    except RelayError as error:
+                        bad.append(str(error) if isinstance(error, InputError) else f"{wants[key].image}: {error}")
+                        continue
+                    writer.put("latents", wants[key].key, latents, _made())
+                    pixels.append(prod(wants[key].placement.crop[2:]))
+            claims.release()  # now that they are in the store
     figures.note("pixels", pace_of_vae(spec), sum(pixels), time.perf_counter() - started)
     return len(pixels), bad
 
 
-def _advance(bar: tqdm, tokens: float) -> None:
+def _latents_of(job: Job, encoder: vae.Encoder, want: LatentsWant) -> np.ndarray:
+    picture = images.read_pixels(want.image, want.placement, want.background)
+    identity.confirm(want.image, want.key["source"])  # it may be hours since it was hashed
+    return _stored(encoder.encode(mx.array(picture)[None], job.budget_bytes)[0], job.latents_dtype)
+
+
+def _advance(bar: tqdm, claims: Claims, tokens: float) -> None:
     bar.update(tokens)
+    claims.sign()
 
 
 def _stored(array: mx.array, dtype: str) -> np.ndarray:

@@ -16,6 +16,7 @@ Source: diffusers `Flux2Pipeline` and `Flux2KleinPipeline`, `encode_prompt`, on 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -28,6 +29,7 @@ from flux2_relay.stages import folders
 from flux2_relay.stages.context import assemble
 from flux2_relay.stages.encode import encoder_weights, sequences
 from flux2_relay.stages.encode.layers import StreamedLayers, compute_dtype, resident_layers
+from flux2_relay.stages.encode.spill import Spill
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
 from flux2_relay.stages.spec import TextSpec
 from flux2_relay.stages.weights import Tensors
@@ -42,8 +44,8 @@ Shared = tuple[sequences.PrefixRows, sequences.PadRow]
 class Pass:
     """What one pass through the layers gave."""
 
-    rows: list[tuple[int, mx.array]]
-    """(index, rows) of each caption: own rows [n, C], or all rows [T, C]."""
+    rows: Iterator[tuple[int, mx.array]]
+    """(index, rows) of each caption: own rows [n, C], or all rows [T, C]; to be taken before the next pass."""
     shared: dict[str, mx.array]
     """`prefix` [P, C] and `pad` [1, C] where captions share them, else empty."""
 
@@ -57,6 +59,8 @@ class TextEncoder:
     tensors: Tensors
     layers: Iterable[nn.Module]
     dtype: mx.Dtype
+    spill: Path | None = None
+    """The folder for a file that holds hidden states between layers; None: they stay in memory."""
 
     def encode(self, captions: Sequence[str]) -> mx.array:
         """Captions -> context [B, T, C] in the compute dtype, pads included."""
@@ -77,38 +81,42 @@ class TextEncoder:
         pass_tokens: int = BATCH_TOKENS,
         batch_tokens: int = BATCH_TOKENS,
         progress: Callable[[float], None] = lambda tokens: None,
-        is_needed: Callable[[int], bool] = lambda index: True,
+        choose: Callable[[list[int]], list[int]] = lambda indices: indices,
     ) -> Iterator[Pass]:
         """Each pass as it is done; without captions one pass gives the shared rows alone.
 
         A pass holds at most `pass_tokens` tokens (and one caption at least), of which `batch_tokens` run together.
-        `progress` is told tokens, a layer's share of them at a time. `is_needed` is asked of each caption when its pass
-        begins: another process may have seen to it meanwhile.
+        `progress` is told tokens, a layer's share of them at a time. `choose` is asked when a pass begins which of its
+        captions are to be encoded: another process may be at the others, or have seen to them.
         """
         own = [self._own(caption) for caption in captions]
         costs = [self.cost(caption) for caption in captions]
         for whole in list(cut(costs, pass_tokens)) or [[]]:
-            part = [index for index in whole if is_needed(index)]
+            part = choose(whole)
             progress(sum(costs[index] for index in whole) - sum(costs[index] for index in part))
             if whole and not part:
                 continue
             shared = self._shared()
-            groups = [self._group(indices, own, shared) for indices in self._together(part, own, costs, batch_tokens)]
-            self._run([*shared, *groups], progress)
-            named = {name: rows.tapped()[0] for name, rows in zip(("prefix", "pad"), shared, strict=False)}
-            results = [result for group in groups for result in group.results()]
-            groups.clear()  # the taps then live in the results alone, which let go of them group by group
-            yield Pass(results, named)
+            with ExitStack() as held:
+                spill = held.enter_context(Spill(self.spill)) if self.spill else None
+                groups = []
+                for indices in self._together(part, own, costs, batch_tokens):
+                    groups.append(self._group(indices, own, shared))
+                    if spill:
+                        spill.put(groups[-1], len(self.spec.taps))
+                self._run([*shared, *groups], progress, spill)
+                named = {name: rows.tapped()[0] for name, rows in zip(("prefix", "pad"), shared, strict=False)}
+                yield Pass(_results(groups, spill), named)
 
     def _own(self, caption: str) -> list[int]:
         return self.tokenizer.own(self.tokenizer.ids(caption))
 
-    def _run(self, running: Sequence[sequences.Rows], progress: Callable[[float], None]) -> None:
+    def _run(self, running: Sequence[sequences.Rows], progress: Callable[[float], None], spill: Spill | None) -> None:
         """Every layer over all rows in turn, the prefix first."""
         numbers = count(1)  # `enumerate` would keep hold of the layer before
         for layer in self.layers:
             number = next(numbers)
-            for rows in running:
+            for rows in spill.each(running) if spill else running:
                 rows.step(layer)
                 if number in self.spec.taps:
                     rows.tap()
@@ -146,6 +154,16 @@ class TextEncoder:
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> mx.array:
         return encoder_weights.embedding_rows(self.tensors, np.array(ids, dtype=np.int64), self.dtype)
+
+
+def _results(groups: list[sequences.CaptionRows], spill: Spill | None) -> Iterator[tuple[int, mx.array]]:
+    """(index, rows) of every caption; a group is let go of when the next one's turn comes."""
+    groups.reverse()
+    while groups:
+        group = groups.pop()
+        if spill:
+            spill.fetch_taps(group)
+        yield from group.results()
 
 
 def cut(costs: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """Training and encoding as processes: killed, terminated, interrupted, and started again."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,9 @@ def test_two_processes_encode_into_one_store(dev: Path, pictures: Path, tmp_path
     store = cache.open(project.store)
     (record,) = store.sets()
     assert store.missing(record) == {}
+    found = [re.search(r"encoded (\d+) captions and (\d+) images", said) for _, said in outcomes]
+    made = [tuple(map(int, each.groups())) for each in found if each]
+    assert tuple(map(sum, zip(*made, strict=True))) == (7, 5), "nothing is made twice"
 
 
 def test_a_damaged_entry_stops_training_by_name_and_is_mended(encoded: Callable[..., Project]) -> None:

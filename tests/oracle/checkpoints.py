@@ -32,6 +32,8 @@ class Sizes:
     """How weights are stored."""
     shard: str = "10GB"
     """Largest file; small values give several files and an index."""
+    tokens: int | None = None
+    """Tokens of the tokenizer, where the embedding has rows for more."""
     text_config: dict = field(default_factory=dict)
     """Keys added to text_encoder/config.json, e.g. `flux2_taps`, `flux2_text_length`."""
 
@@ -65,7 +67,7 @@ def dev_like(folder: Path, seed: int, sizes: Sizes = DEV) -> Path:
         image_token_index=10,
         tie_word_embeddings=False,
     )
-    vocabularies.write_mistral(folder / "tokenizer", sizes.text["vocab_size"])
+    vocabularies.write_mistral(folder / "tokenizer", sizes.tokens or sizes.text["vocab_size"])
     encoder = Mistral3ForConditionalGeneration(config)
     classes = {"text_encoder": encoder, "tokenizer": ("transformers", "PixtralProcessor")}
     return _write(folder, seed, sizes, classes, {"_class_name": "Flux2Pipeline"})
@@ -79,7 +81,7 @@ def klein_like(folder: Path, seed: int, sizes: Sizes = KLEIN, *, distilled: bool
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         **sizes.text,
     )
-    vocabularies.write_qwen(folder / "tokenizer", sizes.text["vocab_size"])
+    vocabularies.write_qwen(folder / "tokenizer", sizes.tokens or sizes.text["vocab_size"])
     classes = {"text_encoder": Qwen3ForCausalLM(config), "tokenizer": ("transformers", "Qwen2TokenizerFast")}
     index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
     return _write(folder, seed, sizes, classes, index)

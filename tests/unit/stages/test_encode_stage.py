@@ -1,5 +1,6 @@
 """Stage one: what is encoded, what is not encoded again, and what happens to pictures that cannot be read."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,12 @@ def test_what_a_changed_option_encodes(
     outcome = project.relay("encode")
     assert outcome.status == 0, outcome.said
     assert new(project, before) == entries
+
+
+def test_a_bar_of_tokens_for_captions_and_one_for_pictures(dev: Path, pictures: Path, tmp_path: Path) -> None:
+    said = Project(tmp_path / "p", dev, pictures).write().relay("encode").said
+    assert re.search(r"7 captions: 100%[^|]*\|[^|]*\| ([\d.]+)/\1 \[[\d:<]+, +[\d.k]+token/s\]", said), said
+    assert re.search(r"images: 100%[^|]*\|[^|]*\| 5/5 \[[\d:<]+, +[\d.]+image/s\]", said), said
 
 
 def test_klein_is_encoded_whole(klein: Path, pictures: Path, tmp_path: Path) -> None:

@@ -68,13 +68,30 @@ def test_streamed_layers_give_the_same(checkpoint: Path, bits: int) -> None:
         assert mx.array_equal(streamed.encode(CAPTIONS), expected)
 
 
+def test_progress_counts_every_token_once_over_all_layers(checkpoint: Path) -> None:
+    encoder, told = load(checkpoint), []
+    for _ in encoder.passes(CAPTIONS, 60, 60, told.append):
+        pass
+    total = sum(map(encoder.cost, CAPTIONS))
+    assert sum(told) == pytest.approx(total)
+    assert max(told) < total / encoder.spec.taps[-1] + 1, "never more than a layer's share"
+
+
+def test_captions_that_are_not_chosen_are_left_out_and_counted_as_done(checkpoint: Path) -> None:
+    encoder, told = load(checkpoint), []
+    passes = encoder.passes(CAPTIONS, 60, 60, told.append, lambda indices: [i for i in indices if i != 1])
+    found = {index for done in passes for index, _ in done.rows}
+    assert found == set(range(len(CAPTIONS))) - {1}
+    assert sum(told) == pytest.approx(sum(map(encoder.cost, CAPTIONS)))
+
+
 def test_dev_keeps_own_rows_and_shares_the_others(dev: Path) -> None:
     encoder = load(dev)
     prefix_length = len(encoder.tokenizer.prefix)
     for caption, own in zip(CAPTIONS, rows(encoder, CAPTIONS), strict=True):
         assert len(own) == len(encoder.tokenizer.ids(caption)) - prefix_length
     (done,) = encoder.passes([])
-    assert done.rows == []
+    assert list(done.rows) == []
     assert done.shared["prefix"].shape == (prefix_length, 192)
     assert done.shared["pad"].shape == (1, 192)
 
