@@ -13,7 +13,7 @@ import click
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline.cache_commands import in_bytes, print_json, print_table
 from flux2_relay.pipeline.config import Config
-from flux2_relay.stages import folders, hub, names, packed, spec, vae
+from flux2_relay.stages import folders, fp8, hub, names, packed, spec, vae
 from flux2_relay.stages.catalogue import CATALOGUE, ENCODERS, SOURCES, PartName, download, download_all
 from flux2_relay.stages.encode import encoder_weights
 from flux2_relay.stages.folders import PARTS, ModelFolders
@@ -162,21 +162,27 @@ def _transformer(place: Path) -> tuple[str, Tensors]:
     tensors = base.open_base(place, shapes)
     packing = packed.summary({path: one.packing for path, one in base.stock(tensors, shapes).items()})
     layout = names.layout_of("transformer", open_tensors(place).info)
-    return f"{layout}, {packing.in_words()}" if packing else layout, tensors
+    return _described(layout, packing, tensors), tensors
 
 
 def _text_encoder(place: Path) -> tuple[str, Tensors]:
     text = spec.read_text_spec(place)
     tensors = encoder_weights.open_encoder(place, text)
     packing = packed.summary(encoder_weights.encoder_packings(tensors, text))
-    return f"MLX, {packing.in_words()}" if packing else "plain", tensors
+    return _described("MLX" if packing else "plain", packing, tensors), tensors
 
 
 def _vae(place: Path) -> tuple[str, Tensors]:
     of_vae, tensors = spec.read_vae_spec(place), names.open_vae(place)
     shapes = vae.encoder_tensor_names(of_vae) | vae.decoder_tensor_names(of_vae)
     tensors.check(shapes, ignore=lambda name: not name.startswith(("encoder.", "decoder.")))
-    return names.layout_of("vae", open_tensors(place).info), tensors
+    return _described(names.layout_of("vae", open_tensors(place).info), None, tensors), tensors
+
+
+def _described(layout: str, packing: packed.Packing | None, tensors: Tensors) -> str:
+    """A layout, and how its matrices are stored where they are not plain floats."""
+    stored = [packing.in_words()] if packing else []
+    return ", ".join([layout, *stored, *(["fp8"] if fp8.is_fp8(tensors) else [])])
 
 
 _INSPECT: Mapping[str, Callable[[Path], tuple[str, Tensors]]] = {

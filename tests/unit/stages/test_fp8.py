@@ -1,5 +1,6 @@
 """Single files whose weights are 8-bit floats: the numbers that they stand for, bit for bit, in every part."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import cases, layouts, ours
-from tiny.project import Project
+from tiny.project import Project, relay
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import fp8, identity, names, spec, vae
@@ -142,6 +143,22 @@ def test_a_hash_to_come_counts_the_scales(dev: Path, tmp_path: Path) -> None:
     assert not identity.is_remembered(tensors)
     identity.remember(tensors, lambda size: None)
     assert identity.is_remembered(tensors)
+
+
+@pytest.mark.parametrize("scale", [None, "rows"])
+def test_models_says_that_files_are_fp8(dev: Path, tmp_path: Path, scale: str | None) -> None:
+    folder = Path(shutil.copytree(dev, tmp_path / "model"))
+    told = {row["part"]: row["layout"] for row in json.loads(relay("models", "--path", folder, "--json").said)["parts"]}
+    assert not any("fp8" in layout for layout in told.values())
+    for part in ("text_encoder", "transformer", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        values = {name: value for name, value in layouts.load(folder / part).items() if "vision" not in name}
+        shutil.copy(write(tmp_path / f"{part}.safetensors", values, SCALES[scale] if scale else None), file)
+    told = {row["part"]: row for row in json.loads(relay("models", "--path", folder, "--json").said)["parts"]}
+    assert not any(row["fault"] for row in told.values()), told
+    assert told["text_encoder"]["layout"] == "plain, fp8"
+    assert told["transformer"]["layout"] == "diffusers, fp8"
+    assert told["vae"]["layout"] == "diffusers, fp8"
 
 
 def test_stage_one_says_what_fp8_costs(dev: Path, pictures: Path, tmp_path: Path) -> None:
