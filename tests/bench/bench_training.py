@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 THREADS = os.cpu_count() or 1
 ROWS, SIDE, CONTEXT = 128, 16, 1024
@@ -73,8 +74,9 @@ def make_model(folder: Path, config: Mapping[str, Any]) -> None:
         mx.save_safetensors(str(place / f"{file}.safetensors"), values)
 
 
+@mock.patch("os.fsync", new=lambda _: None)
 def make_store(path: Path, entries: int) -> dict[str, Any]:
-    """A store of so many entries, a tenth of them captions -> the body of a set of all of them."""
+    """A store of so many entries, a tenth of them captions -> the body of a set of all; does not wait for the disk."""
     import numpy as np
 
     from flux2_relay import cache
