@@ -120,7 +120,7 @@ class Spill:
 
     def _write(self, bits: np.ndarray, place: _Place, slots: Sequence[int]) -> None:
         for slot in slots:
-            rest, at = memoryview(bits).cast("B"), place.start + slot * place.bytes
+            rest, at = bits.data.cast("B"), place.start + slot * place.bytes
             while rest:
                 try:
                     written = os.pwrite(self._file.fileno(), rest, at)
