@@ -74,7 +74,6 @@ def make_model(folder: Path, config: Mapping[str, Any]) -> None:
         mx.save_safetensors(str(place / f"{file}.safetensors"), values)
 
 
-@mock.patch("os.fsync", new=lambda _: None)
 def make_store(path: Path, entries: int) -> dict[str, Any]:
     """A store of so many entries, a tenth of them captions -> the body of a set of all; does not wait for the disk."""
     import numpy as np
@@ -82,18 +81,19 @@ def make_store(path: Path, entries: int) -> dict[str, Any]:
     from flux2_relay import cache
 
     store, draw = cache.open(path, "a"), np.random.default_rng(0)
-    captions = max(1, entries // 10)
-    texts = [
-        store.publish("text", {"n": n, "max_length": ROWS}, draw.standard_normal((ROWS, CONTEXT), np.float32), {})
-        for n in range(captions)
-    ]
-    samples = []
-    for n in range(entries - captions):
-        key = store.publish("latents", {"n": n}, draw.standard_normal((SIDE, SIDE, 128), np.float32), {})
-        latents = {"key": key, "h": SIDE, "w": SIDE, "references": [], "mask": None}
-        samples.append(
-            {"id": str(n), "text": [texts[n % captions]], "latents": [latents], "repeats": 1, "prior": False}
-        )
+    with mock.patch("os.fsync"):
+        captions = max(1, entries // 10)
+        texts = [
+            store.publish("text", {"n": n, "max_length": ROWS}, draw.standard_normal((ROWS, CONTEXT), np.float32), {})
+            for n in range(captions)
+        ]
+        samples = []
+        for n in range(entries - captions):
+            key = store.publish("latents", {"n": n}, draw.standard_normal((SIDE, SIDE, 128), np.float32), {})
+            latents = {"key": key, "h": SIDE, "w": SIDE, "references": [], "mask": None}
+            samples.append(
+                {"id": str(n), "text": [texts[n % captions]], "latents": [latents], "repeats": 1, "prior": False}
+            )
     return {"shared": {"empty": texts[0], "prefix": None, "pad": None}, "samples": samples, "prompts": []}
 
 
