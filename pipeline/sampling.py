@@ -200,7 +200,7 @@ def _encode(config: Config, wish: Wish, request: Mapping[str, object], tell: Tel
     )
     done = stage.encode(job)
     if done.captions or done.images:
-        tell(f"{config.cache.path}: encoded {done.captions} texts and {done.images} references")
+        tell(f"{config.cache.path}: encoded {_count(done.captions, 'text')} and {_count(done.images, 'reference')}")
     return done.set
 
 
@@ -262,3 +262,7 @@ def _sheets(wish: Wish, wanted: Sequence[Picture]) -> list[Path]:
         draw_sheet(placed, labels, path, cell=min(_CELL[1], max(_CELL[0], *of_prompt[0].order.size)))
         made.append(path)
     return made
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

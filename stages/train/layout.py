@@ -106,9 +106,10 @@ class Layout:
         chunks = f", attention {self.heads} heads at a time" if self.heads else ""
         chunks += f", {self.pieces} piece{'' if self.pieces == 1 else 's'} in flight" if self.pieces is not None else ""
         chunks += ", base products over all runs at once" if self.joined else ""
+        kept = f"{self.keep} {'block keeps its' if self.keep == 1 else 'blocks keep their'}"
         parts = ", ".join(f"{name} {in_words(size)}" for name, size in self.parts.items() if size)
         return (
-            f"{self.stored or f'{self.bits} bit'}, {where}, {self.keep} blocks keep their projections{chunks}; "
+            f"{self.stored or f'{self.bits} bit'}, {where}, {kept} projections{chunks}; "
             f"predicted peak {in_words(self.peak_bytes)} ({parts})"
         )
 
