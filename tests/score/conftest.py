@@ -54,6 +54,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> lesson.Lesson:
 
 @pytest.fixture(scope="session")
 def learned(board: scores.Board, base: scores.Score, good: lesson.Lesson) -> scores.Score:
-    """The demo's adapter on the fifty captions, with the trigger."""
+    """The demo's adapter on the fifty captions, with the trigger; a row without it, too."""
     board.rows["the demo's LoRA, with the trigger"] = found = scores.score(good.draw(), base.ink)
+    board.rows["the demo's LoRA, without it"] = scores.score(good.draw(trigger=""), base.ink)
     return found

@@ -34,10 +34,10 @@ class Lesson:
         """Mean of the first and of the last fifth of the steps."""
         return report.read_metrics(run_folder.RunFolder(self.run)).ends()
 
-    def draw(self) -> list[np.ndarray]:
-        """The fifty captions with the trigger, drawn with the adapter."""
+    def draw(self, trigger: str = TRIGGER) -> list[np.ndarray]:
+        """The fifty captions with the trigger in front, or with nothing, drawn with the adapter."""
         studio = Studio(model=MODEL, adapter=self.adapter, options=load_config(CONFIG).lora)
-        return studio.draw_on_two_cores([f"{TRIGGER} {caption}" for caption in captions()])
+        return studio.draw_on_two_cores([f"{trigger} {caption}".strip() for caption in captions()])
 
     def check(self) -> str:
         """The verdict of `relay check` on the run's store."""

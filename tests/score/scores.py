@@ -1,7 +1,7 @@
 """Pictures to figures, and figures to a table and a file.
 
-The file holds one row for each set of pictures, under a digest of the model that drew them: what another model drew is
-forgotten.
+The file holds one row for each set of pictures, under a digest of the model and of the lesson: what another model drew,
+or the same one after another lesson, is forgotten.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from score import bounds
-from score.prompts import DATA, MODEL, ROOT, scenes
+from score.prompts import CONFIG, DATA, MODEL, ROOT, scenes
 
 from judge import ink, judge  # isort: skip  # beside scenes.py
 
@@ -78,15 +78,15 @@ def area(lower: Sequence[float], upper: Sequence[float]) -> float:
 class Board:
     """All that was measured so far."""
 
-    model: str = field(default_factory=lambda: _digest(MODEL))
+    made_by: str = field(default_factory=lambda: _digest(MODEL, DATA, CONFIG))
     machine: str = field(default_factory=lambda: f"{os.cpu_count()} cores, {platform.machine()}")
     rows: dict[str, Score] = field(default_factory=dict)
     facts: dict[str, float | str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Write the file, with the rows of before if they are of the same model."""
+        """Write the file, with the rows of before if they are of the same model and lesson."""
         before = _read()
-        if before.get("model") != self.model:
+        if before.get("made_by") != self.made_by:
             before = {}
         found = asdict(self)
         joined = {name: {**before.get(name, {}), **found[name]} for name in ("rows", "facts")}
@@ -118,9 +118,9 @@ def _fact(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}"
 
 
-def _digest(folder: Path) -> str:
-    """Of all files of a checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _digest(*places: Path) -> str:
+    """Of files, and of all files of folders."""
+    files = [path for place in places for path in sorted([place, *place.rglob("*")]) if path.is_file()]
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()[:12]
 
 

@@ -21,7 +21,7 @@ def told(page: str, found: dict) -> str:
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     lines = scores.table(found["rows"], found["facts"])
-    about = f"Model {found['model']}, {found['machine']}."
+    about = f"Model, lesson and settings {found['made_by']}; {found['machine']}."
     return "\n".join([before + START, about, "", *lines, "", END + after])
 
 

@@ -1,14 +1,17 @@
 """The miniature model's judge and its lesson; `tests/score` holds what takes longer."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from score import bounds, scores
+from score import bounds, scores, tell
 from score.prompts import DATA, MODEL, captions
 from score.studio import Studio
+
+from flux2_relay.stages import spec
 
 from judge import ink, look  # isort: skip  # found by score.prompts
 from scenes import COLOURS, NAMES, SHAPES  # isort: skip
@@ -28,6 +31,19 @@ def test_the_base_follows_captions(base_pictures: list[np.ndarray]) -> None:
 def test_ink_tells_the_lesson_from_the_base(base_pictures: list[np.ndarray]) -> None:
     lesson = list(map(ink, scores.lesson_pictures()))
     assert scores.area(list(map(ink, base_pictures)), lesson) >= bounds.AREA
+
+
+def test_the_checkpoint_is_small_and_says_its_text_length_and_taps() -> None:
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 12e6
+    own = json.loads((MODEL / "text_encoder/config.json").read_text("utf-8"))
+    text = spec.from_checkpoint(MODEL).text
+    assert (own["flux2_text_length"], tuple(own["flux2_taps"])) == (64, (1, 2, 3)) == (text.length, text.taps)
+
+
+def test_the_lesson_is_small_and_lacks_what_the_prompts_ask_for() -> None:
+    captions_of_lesson = [path.with_suffix(".txt").read_text("utf-8") for path in sorted(DATA.glob("*.png"))]
+    assert 8 <= len(captions_of_lesson) <= 16
+    assert not {"star", "stars", "purple"} & set(" ".join(captions_of_lesson).split())
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.txt")), ids=lambda path: path.stem)
@@ -59,3 +75,19 @@ def test_the_area_is_one_where_values_part() -> None:
     assert scores.area([0.0, 0.1], [0.2, 0.3]) == 1
     assert scores.area([0.0, 0.2], [0.1, 0.3]) == 0.75
     assert scores.area([0.5], [0.5]) == 0.5
+
+
+def test_every_row_of_the_file_is_told() -> None:
+    shares = dict.fromkeys(scores.Score.__dataclass_fields__, 0.5)
+    found = {
+        "made_by": "abc",
+        "machine": "2 cores",
+        "rows": {"base": shares, "sigma reversed": shares},
+        "facts": {"loss": 0.5},
+    }
+    page = tell.told(f"before\n{tell.START}old\n{tell.END}after\n", found)
+    assert page.startswith(f"before\n{tell.START}")
+    assert page.endswith(f"{tell.END}after\n")
+    assert "old" not in page
+    assert "| sigma reversed | 50% |" in page
+    assert "- loss: 0.5" in page
