@@ -6,6 +6,7 @@ equals torch's. All of it is float32: weights, gradients, moments.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,8 @@ class Optimizer:
         self._options = options
         self._rule = _rule(options)
         self._rule.init(dict(parameters))
-        self._apply = mx.compile(self._applied) if memory.is_gpu() and options.optimizer in _COMPILED else self._applied
+        applied = partial(_applied, self._rule)  # of the rule alone: a method would keep this object, and be kept by it
+        self._apply = mx.compile(applied) if memory.is_gpu() and options.optimizer in _COMPILED else applied
         mx.eval(self._rule.state)
 
     def update(self, parameters: Parameters, gradients: Mapping[str, mx.array], step: int) -> Parameters:
@@ -40,11 +42,6 @@ class Optimizer:
         updated, self._rule.state = self._apply(parameters, dict(gradients), self._rule.state)
         mx.eval(updated, self._rule.state)
         return updated
-
-    def _applied(self, parameters: Parameters, gradients: Parameters, state: State) -> tuple[Parameters, State]:
-        """The rule as a function of all it depends on, which is what can be compiled."""
-        self._rule.state = state
-        return self._rule.apply_gradients(gradients, parameters), self._rule.state
 
     def state(self) -> Parameters:
         """Everything that the next update depends on, flat."""
@@ -70,6 +67,14 @@ class Optimizer:
             else:
                 nested[path] = value
         self._rule.state = nested
+
+
+def _applied(
+    rule: optimizers.Optimizer | Prodigy, parameters: Parameters, gradients: Parameters, state: State
+) -> tuple[Parameters, State]:
+    """The rule as a function of all it depends on, which is what can be compiled."""
+    rule.state = state
+    return rule.apply_gradients(gradients, parameters), rule.state
 
 
 def _rule(options: TrainOptions) -> optimizers.Optimizer | Prodigy:

@@ -1,6 +1,7 @@
 """The update rule by hand, the learning rate, the clip, and a state that another process goes on from."""
 
 import math
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -183,6 +184,16 @@ def test_a_state_of_another_optimizer_or_adapter_is_refused() -> None:
 def rates(**options) -> list[float]:
     made = TrainOptions(lr=2.0, steps=10, **options)
     return [learning_rate(made, step) for step in range(made.steps)]
+
+
+def test_moments_go_with_their_optimizer() -> None:
+    """At once: in a circle of references they would stay until the collector comes."""
+    parameters = {"w": mx.ones((4, 3))}
+    update = optimizer.Optimizer(TrainOptions(), parameters)
+    update.update(parameters, parameters, 0)
+    gone = weakref.ref(update)
+    del update
+    assert gone() is None
 
 
 def test_learning_rates() -> None:
