@@ -54,13 +54,28 @@ def run(config: Config, steps: int, as_json: bool, stop: Callable[[], bool]) -> 
     log = _Log(quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="relay-check-") as scratch:
         job = replace(commands.train_job(config, given, Path(scratch)), stop=stop)
-        findings = trial.examine(job, given.places, given.spec, log, steps)
+        findings = [*_look_at_template(given), *trial.examine(job, given.places, given.spec, log, steps)]
     verdict = acceptance.verdict(findings)
     if as_json:
         print_json({"verdict": verdict, "findings": list(map(asdict, findings))})
     else:
         _print(findings, verdict)
     return verdict != "no"
+
+
+def _look_at_template(given: commands.Ready) -> "list[Finding]":
+    """Whether the captions were put to the text encoder as its family was trained: no loss shows a small mistake there.
+
+    A loss tells contexts that mislead; under half a template a good model is merely worse.
+    """
+    from flux2_relay.stages.encode.templates import FAMILIES
+    from flux2_relay.stages.train.acceptance import Finding
+
+    empty = given.store.header("text", given.record.body["shared"]["empty"])
+    if empty.attributes["key"]["template"] in {template.identity() for template in FAMILIES.values()}:
+        return []
+    why = "these captions were put to the text encoder in a form that it was not trained with; run `relay encode` again"
+    return [Finding("template", "no", why)]
 
 
 def _print(findings: Sequence["Finding"], verdict: str) -> None:

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tiny.project import Outcome, Project
 
+from flux2_relay.stages.encode import templates
 from flux2_relay.stages.train import acceptance, loop, optimizer, trial
 from flux2_relay.stages.train.acceptance import Finding
 
@@ -81,6 +84,18 @@ def test_without_a_store_it_says_what_to_do(dev: Path, pictures: Path, tmp_path:
     outcome = Project(tmp_path / "p", dev, pictures).write().relay("check")
     assert outcome.status == 2
     assert "relay encode" in outcome.said
+
+
+def test_captions_in_another_template_are_named(dev: Path, pictures: Path, tmp_path: Path, good: None) -> None:
+    project = Project(tmp_path / "p", dev, pictures).write()
+    shorter = replace(templates.FAMILIES["mistral"], before="<s>[INST]")  # without the system's text
+    with mock.patch.dict(templates.FAMILIES, {"mistral": shorter}):
+        assert project.relay("encode").status == 0
+    outcome = project.relay("check")
+    assert outcome.status == 1
+    assert "template no: these captions were put to the text encoder in a form" in one_line(outcome)
+    assert project.relay("encode").status == 0
+    assert "template" not in project.relay("check").said
 
 
 # The short form before a training
