@@ -32,8 +32,9 @@ def _in_tmp(store):
     return [path.name for path in (store.path / "tmp").iterdir() if path.name != "zarr.json"]
 
 
+@pytest.mark.parametrize("repair", [True, False])
 @pytest.mark.parametrize("full", [True, False])
-def test_repairing_beside_gc_spares_what_gc_puts_back(store, monkeypatch, full):
+def test_verifying_beside_gc_spares_what_gc_puts_back(store, monkeypatch, full, repair):
     key = store.publish("text", {"i": 1}, ARRAY, {})
     _name(store, key)
     real, seen = nodes.Folder.read, []
@@ -49,7 +50,7 @@ def test_repairing_beside_gc_spares_what_gc_puts_back(store, monkeypatch, full):
             self.put_back(aside, kind, name)
 
     monkeypatch.setattr(nodes.Folder, "read", read)
-    found = verify(store, full=full, repair=True)
+    found = verify(store, full=full, repair=repair)
     assert seen == [key]
     assert (found.faults, found.missing) == ((), {})
     np.testing.assert_array_equal(store.read("text", key).array, ARRAY)
