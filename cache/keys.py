@@ -13,6 +13,7 @@ from flux2_relay.cache.errors import InputError
 
 KEY = re.compile(r"[0-9a-f]{64}")
 """A key: SHA-256 in 64 lower-case hexadecimal digits."""
+_PLAIN = frozenset((str, int, bool))
 
 
 def canonical(value: object) -> str:
@@ -22,13 +23,27 @@ def canonical(value: object) -> str:
     Floats are refused (their decimal form is a matter of taste), and so is any type that would come back from
     JSON as another.
     """
-    _refuse(value, "$")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if not _is_plain(value):
+        _refuse(value, "$")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if not text.isascii():
+        _refuse(value, "$")
+    return text
 
 
 def key_of(key_object: Mapping[str, object]) -> str:
     """Hash an object by its canonical JSON: dict -> 64 hexadecimal digits, the name of the entry."""
     return hashlib.sha256(canonical(dict(key_object)).encode()).hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `_refuse` lets it pass but for its texts: as quickly as can be, for ten thousand keys."""
+    kind = type(value)
+    if kind is dict:
+        return all(type(name) is str for name in value) and all(map(_is_plain, value.values()))  # pyright: ignore
+    if kind is list:
+        return all(map(_is_plain, value))  # pyright: ignore[reportArgumentType]
+    return value is None or kind in _PLAIN
 
 
 def _refuse(value: object, where: str) -> None:
