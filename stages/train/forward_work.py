@@ -9,6 +9,8 @@ from flux2_relay.stages.train.options import PreviewOptions
 
 _UNITS = {4: 36, 2: 54}
 """Bytes of a number -> arrays of [R, D] at once; the rotation of q and k is float32 in bfloat16, too."""
+_LATENTS = 3
+"""Pictures' tokens in float32 beside the blocks: what is drawn, its velocity and the two mixed."""
 _PIXELS = 256
 """Of one token: 16 x 16."""
 
@@ -16,7 +18,8 @@ _PIXELS = 256
 def work_bytes(spec: TransformerSpec, rows: int, item_bytes: int) -> int:
     """What a block of a forward pass over `rows` rows holds at its peak; outside a GPU also all scores of attention."""
     scores = 0 if memory.is_gpu() else spec.heads * rows**2 * item_bytes
-    return _UNITS[item_bytes] * rows * spec.hidden * item_bytes + scores
+    beside = 4 * rows * (_LATENTS * spec.channels + 2 * spec.head_dim)  # and the two rotary tables
+    return _UNITS[item_bytes] * rows * spec.hidden * item_bytes + scores + beside
 
 
 def preview_rows(options: PreviewOptions, text_rows: int) -> int:
