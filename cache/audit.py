@@ -311,6 +311,9 @@ def _doomed_sets(records: list[SetRecord], keep: int | None, drop: Collection[st
 def _examine_all(
     store: Store, names: list[tuple[str, str]], full: bool
 ) -> Iterator[tuple[tuple[str, str], str | None]]:
+    if not full and isinstance(store.nodes, Folder):  # a few calls of the system each: threads would take twice as long
+        yield from ((name, store.examine(*name, full=False)) for name in names)
+        return
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(names), _BATCH):
             batch = names[start : start + _BATCH]

@@ -14,6 +14,7 @@ from flux2_relay.cache.errors import InputError
 KEY = re.compile(r"[0-9a-f]{64}")
 """A key: SHA-256 in 64 lower-case hexadecimal digits."""
 _PLAIN = frozenset((str, int, bool))
+_write = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def canonical(value: object) -> str:
@@ -25,7 +26,7 @@ def canonical(value: object) -> str:
     """
     if not _is_plain(value):
         _refuse(value, "$")
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = _write(value)
     if not text.isascii():
         _refuse(value, "$")
     return text

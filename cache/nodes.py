@@ -122,7 +122,7 @@ class Folder:
 
     def read(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
         """Read files of a node, of one and the same even if another takes its place meanwhile -> bytes by name."""
-        return read_folder(self.path / kind / key, names)
+        return read_folder(f"{self.path}/{kind}/{key}", names)
 
     def fetch(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
         """Read files of a node; nothing is nearer than a folder."""
@@ -134,7 +134,7 @@ class Folder:
 
     def size(self, kind: str, key: str, name: str) -> int:
         """Size of one file in bytes."""
-        return (self.path / kind / key / name).stat().st_size
+        return os.stat(f"{self.path}/{kind}/{key}/{name}").st_size
 
     def publish(self, kind: str, key: str, files: Mapping[str, bytes]) -> None:
         """Write aside, fsync, rename."""
@@ -179,7 +179,7 @@ class Folder:
         return self.path / "tmp"
 
 
-def read_folder(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+def read_folder(folder: Path | str, names: Iterable[str]) -> dict[str, bytes]:
     """Read files of one folder -> bytes by name; of that folder also when another gets its name meanwhile."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -376,7 +376,7 @@ def _latents_of(job: Job, encoder: vae.Encoder, want: LatentsWant) -> np.ndarray
 
 
 def _advance(bar: tqdm, claims: Claims, tokens: float) -> None:
-    bar.update(tokens)
+    bar.update(min(tokens, bar.total - bar.n))  # shares of tokens may add up to a hair more
     claims.sign()
 
 
