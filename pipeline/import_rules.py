@@ -242,9 +242,7 @@ def put_epochs(carried: Carried, key: str, epochs: object) -> None:
     counts = [pictures_in(values.get(f"data.{n}.path")) * int(str(values.get(f"data.{n}.repeats", 1))) for n in numbers]
     passes = int(str(values.get("train.batch", 1))) * int(str(values.get("train.accumulate", 1)))
     if not counts or not all(counts) or not isinstance(epochs, int):
-        carried.leave(
-            key, epochs, "set train.steps: epochs x pictures / batch, no pictures are there to be counted"
-        )
+        carried.leave(key, epochs, "set train.steps: epochs x pictures / batch, no pictures are there to be counted")
         return
     steps = max(1, epochs * sum(counts) // passes)
     carried.put("train.steps", steps, f"{carried.tool}: {key} {epochs} x {sum(counts)} pictures / {passes}")

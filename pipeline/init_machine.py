@@ -104,7 +104,7 @@ def _known(name: str, why: str) -> Model:
 
 
 def fit(of: Model, found: Found, batch: int) -> Fit:
-    """The largest usual resolution that the pictures fill and at which all weights stay in memory, at 8 or 4 bit if need be.
+    """The largest usual resolution that the pictures fill and at which all weights stay in memory, 8 or 4 bit at worst.
 
     Where none does, the largest at which training works at all; InputError where nothing does.
     """

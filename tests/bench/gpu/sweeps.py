@@ -69,7 +69,7 @@ def _look(members: Sequence[Member], bench: steps.Bench) -> list[float]:
     """Loss and norm of the gradient of each run in a step that changes nothing."""
     found = gradients_together(_asked(members, bench, 0))
     norms = [optimizer.clip(of, bench.task.options.clip)[1] for _, of, _ in found]
-    return [float(value.item()) for (loss, *_), norm in zip(found, norms, strict=True) for value in (loss, norm)]
+    return [value.tolist() for (loss, *_), norm in zip(found, norms, strict=True) for value in (loss, norm)]  # pyright: ignore[reportReturnType] - scalars
 
 
 def _predicted(bench: steps.Bench, count: int, joins: bool) -> int:
