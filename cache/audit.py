@@ -45,7 +45,7 @@ class Verified:
     missing: Mapping[str, int]
     """Entries that a set names and the store lacks, by set key; no damage."""
     leftovers: int
-    """Children of tmp; no damage."""
+    """Children of tmp, of living writers, too; no damage."""
 
     @property
     def sound(self) -> bool:
@@ -121,20 +121,24 @@ def verify(store: Store, *, full: bool = True, repair: bool = False, progress: P
     )
 
 
-def mend(store: Store, wanted: Mapping[str, Collection[str]]) -> list[Fault]:
-    """Check quickly those of these entries that are there, and take what is damaged out of sight -> those.
+def mend(
+    store: Store, wanted: Mapping[str, Collection[str]], *, full: bool = False, progress: Progress | None = None
+) -> list[Fault]:
+    """Check those of these entries that are there, and take what is damaged out of sight -> those.
 
     A copy of a store that was interrupted leaves entries cut short. In a bucket, where an object comes whole or not at
-    all, nothing is looked at: it would take two requests an entry.
+    all, nothing is looked at: it would take two requests an entry, or all of its bytes.
     """
     if not isinstance(store.nodes, Folder):
         return []
     names = [(kind, key) for kind, keys in wanted.items() for key in keys]
-    return [
-        Fault(kind=kind, key=key, reason=reason, repaired=True)
-        for (kind, key), reason in _examine_all(store, names, full=False)
-        if reason is not None and store.withdraw(kind, key)
-    ]
+    faults = []
+    for done, ((kind, key), reason) in enumerate(_examine_all(store, names, full), start=1):
+        if reason is not None and store.withdraw(kind, key):
+            faults.append(Fault(kind=kind, key=key, reason=reason, repaired=True))
+        if progress is not None:
+            progress(done, len(names))
+    return faults
 
 
 def gc(

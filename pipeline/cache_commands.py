@@ -97,7 +97,7 @@ def stats(where: Where, as_json: bool) -> None:
         print_table(["set", "key", "entries", "raw", "stored", "its own"], rows)
     click.echo(f"shared by several sets: {_in_words(found.shared)}")
     click.echo(f"in no set: {_in_words(found.orphans)}" + ("; `relay cache gc` frees it" * bool(found.orphans.entries)))
-    click.echo(f"damaged: {found.damaged}; left by dead writers: {found.leftovers}")
+    click.echo(f"damaged: {found.damaged}; in tmp: {_in_tmp(found.leftovers)}")
 
 
 def verify(where: Where, quick: bool, repair: bool, as_json: bool) -> bool:
@@ -116,7 +116,7 @@ def verify(where: Where, quick: bool, repair: bool, as_json: bool) -> bool:
     repaired = sum(fault.repaired for fault in found.faults)
     click.echo(
         f"{store.name}: {found.checked} entries and sets checked, {len(found.faults)} damaged, {repaired} repaired"
-        + (f", {found.leftovers} left by dead writers" * bool(found.leftovers))
+        + (f"; in tmp: {_in_tmp(found.leftovers)}" * bool(found.leftovers))
     )
     if not found.sound:
         click.echo("run `relay cache verify --repair`, then `relay encode`", err=True)
@@ -283,6 +283,10 @@ def cut(text: object, most: int = 60) -> str:
     """A text on one line, its end left out where it is long."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _in_tmp(count: int) -> str:
+    return f"{count} (being written, taken out of sight, or left by dead writers)" if count else "nothing"
 
 
 def _size(size: Size) -> list[object]:

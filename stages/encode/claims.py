@@ -60,6 +60,7 @@ class Claims:
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / self._name).touch()
+            os.utime(self._folder)  # by its age it is swept up
 
     def others(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys that another living process is at."""

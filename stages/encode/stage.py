@@ -40,6 +40,7 @@ from flux2_relay.stages.encode.notes import notes, of_disk
 from flux2_relay.stages.encode.options import EncodeOptions
 from flux2_relay.stages.encode.sharing import WHOLE, Shard, own_order
 from flux2_relay.stages.encode.templates import CaptionTokenizer, load_tokenizer
+from flux2_relay.stages.encode.upkeep import look_over
 from flux2_relay.stages.folders import ModelFolders
 from flux2_relay.stages.one_model import in_turn, say_loaded
 from flux2_relay.stages.spec import TextSpec, VaeSpec, read_text_spec, read_vae_spec
@@ -107,8 +108,8 @@ def encode(job: Job) -> Encoded:
     for note in notes(job.samples, tokenizer):
         job.say(note)
     record = _publish_set(job, text, latents, want)
-    if damaged := audit.mend(job.store, job.shard.of(needs(record.body))):
-        job.say(f"{job.store.name}: {len(damaged)} damaged entries are made again, {damaged[0].key[:12]} among them")
+    own = job.shard.of(needs(record.body))
+    look_over(job.store, own, job.say)
     missing = job.store.missing(record, patient=False)
     places = vae_spec.patch[0] * vae_spec.patch[1] * vae_spec.latent_channels
     item_bytes = text_spec.context_width * _item(job.text_dtype), places * _item(job.latents_dtype)
@@ -131,9 +132,12 @@ def encode(job: Job) -> Encoded:
             missing = _still_missing(job, record)
             if bad:
                 raise InputError(listing("these pictures could not be read; all others are in the store:", bad))
+            if not job.shard.of(missing) and look_over(job.store, own, job.say, full=True):
+                missing = _still_missing(job, record)
     if mine := job.shard.of(missing):
         counts = ", ".join(f"{len(keys)} of {kind}" for kind, keys in mine.items())
-        raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); is something else deleting them?")
+        doubt = "is something else deleting them, or is the disk failing?"
+        raise RelayError(f"{job.store.name}: entries keep vanishing ({counts}); {doubt}")
     return Encoded(record.key, captions, pictures, present, sum(map(len, missing.values())))
 
 

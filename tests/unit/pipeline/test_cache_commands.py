@@ -18,6 +18,7 @@ from flux2_relay.cache import audit
 from flux2_relay.pipeline import cache_commands
 from flux2_relay.pipeline.place import Where
 from flux2_relay.stages.context import assemble
+from flux2_relay.stages.encode.claims import Claims
 from flux2_relay.stages.train.contexts import to_mlx
 
 
@@ -133,6 +134,17 @@ def test_stats_add_up(copied):
     said = _cache(copied, "stats").said
     assert "shared by several sets: 9 entries" in said
     assert "in no set: nothing" in said
+    assert "damaged: 0; in tmp: nothing" in said
+
+
+def test_what_a_living_encoder_holds_is_not_said_to_be_dead(copied):
+    with Claims(copied.store / "tmp/claims") as claims:
+        claims.take(["a"])
+        for command in ("stats", "verify"):
+            said = _cache(copied, command).said
+            assert "in tmp: 1 (being written, taken out of sight, or left by dead writers)" in said
+        assert "0 left by dead writers" in _cache(copied, "gc").said
+        assert Claims(copied.store / "tmp/claims").others(["a"]) == ["a"]
 
 
 def test_verify_exits_with_1_for_damage_and_0_once_it_is_repaired(copied):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,19 @@ def test_a_process_that_works_shows_that_it_lives(folder: Path, monkeypatch: pyt
     now[0] += 11
     claims.sign()
     assert signed.stat().st_mtime > 1.0
+
+
+def test_claims_of_a_process_that_works_are_no_old_leftover(tmp_path: Path) -> None:
+    """The folder itself changes only when something is claimed or let go of; a pass may take more than a day."""
+    store = cache.open(tmp_path / "store.zarr", "a")
+    claims = Claims(store.path / "tmp/claims")
+    claims.take("a")
+    os.utime(store.path / "tmp/claims", (1.0, 1.0))
+    claims._signed = -inf
+    claims.sign()
+    assert (store.path / "tmp/claims").stat().st_mtime > 1.0
+    audit.sweep(store, now=time.time())
+    assert Claims(store.path / "tmp/claims").others("a") == ["a"]
 
 
 def test_a_claim_that_names_nobody_counts_while_it_is_young(folder: Path) -> None:

@@ -235,18 +235,6 @@ def test_a_file_that_changes_after_it_was_hashed_is_not_stored_under_its_old_has
     assert project.relay("encode").status == 0
 
 
-def test_a_damaged_entry_is_made_again(own: Project) -> None:
-    store = cache.open(own.store)
-    key = min(store.keys("latents"))
-    before = store.read("latents", key).array
-    (own.store / "latents" / key / "zarr.json").write_bytes(b"")
-    outcome = own.relay("encode")
-    assert outcome.status == 0, outcome.said
-    assert f"1 damaged entries are made again, {key[:12]} among them" in outcome.said
-    assert "encoded 0 captions and 1 images" in outcome.said
-    np.testing.assert_array_equal(store.read("latents", key).array, before)
-
-
 def test_a_set_that_is_dropped_meanwhile_is_there_at_the_end(own: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     (own.data / "1.txt").write_text("another caption")
     real = stage._encode_text
