@@ -10,8 +10,9 @@ from flux2_relay.stages.catalogue import CATALOGUE, SOURCES, download_all
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import lora
 from flux2_relay.stages.train.batches import Item
-from flux2_relay.stages.train.layout import Layout, LayoutOptions, block_bytes, layout_for
+from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
+from flux2_relay.stages.train.step_work import block_bytes
 
 _SMALLEST_MODEL = "klein-base-4b"
 _RESOLUTIONS = 1024, 768, 512

@@ -29,8 +29,9 @@ from flux2_relay.stages.encode.forecast import Forecast
 from flux2_relay.stages.encode.stage import Job
 from flux2_relay.stages.train import checkpoint, lora, warnings
 from flux2_relay.stages.train.batches import Item, items
-from flux2_relay.stages.train.layout import LayoutOptions, Load, choose, load_for, pace_of
+from flux2_relay.stages.train.layout import LayoutOptions, choose, load_for, pace_of
 from flux2_relay.stages.train.optimizer import advice
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import stock_of
 from flux2_relay.stages.weights import Tensors
 

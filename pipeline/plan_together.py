@@ -10,7 +10,7 @@ from flux2_relay.pipeline.plan import Seen, Trainable
 from flux2_relay.pipeline.plan_text import Member, Plan, Together
 from flux2_relay.pipeline.request import data_paths, set_request
 from flux2_relay.stages import figures, memory
-from flux2_relay.stages.train import layout, many
+from flux2_relay.stages.train import layout, many, step_work
 
 
 def show(configs: Sequence[Config], hash_weights: bool, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def _together(members: Sequence[tuple[Config, Seen, Trainable]], faults: list[st
         faults.append(f"train: {error}")
         return None
     needed = chosen.peak_bytes - chosen.parts["kept projections"]
-    largest = max(loads, key=lambda load: layout.own_bytes(spec, load))
+    largest = max(loads, key=lambda load: step_work.own_bytes(spec, load))
     with_another = layout.predict_together(
         spec, [*loads, largest], chosen.bits, chosen.resident, chosen.pieces, chosen.joined
     )
@@ -57,7 +57,7 @@ def _together(members: Sequence[tuple[Config, Seen, Trainable]], faults: list[st
     return Together(
         runs=tuple(_member(config, seen, of) for config, seen, of in members),
         layout=chosen,
-        room=(budget - needed) // max(with_another.peak_bytes - needed, layout.own_bytes(spec, largest)),
+        room=(budget - needed) // max(with_another.peak_bytes - needed, step_work.own_bytes(spec, largest)),
         seconds=most / pace.per_second if pace else None,
     )
 
@@ -69,7 +69,7 @@ def _member(config: Config, seen: Seen, of: Trainable) -> Member:
         steps=config.train.steps,
         done=of.done,
         pictures=len({item.id for item in of.items}),
-        own_bytes=layout.own_bytes(of.spec, of.load),
+        own_bytes=step_work.own_bytes(of.spec, of.load),
         missing=sum(len(entries.missing) for entries in kinds),
         warnings=tuple(plan.warned(config, seen.places, of)),
     )

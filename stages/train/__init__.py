@@ -34,7 +34,8 @@ batches.py      which items make up which step, read ahead
 ranks.py        several processes that train one adapter
 agreement.py    what they must have in common
 loop.py         the stage: step by step
-pace.py         how long a step takes, on noise
+course.py       what is timed to know how long a step takes
+pace.py         how long it takes, on noise
 job.py          what it is given, and whom it tells
 running.py      a run under way
 acceptance.py   whether the store holds what the transformer was trained on
@@ -45,6 +46,8 @@ wishes.py       files that ask a run for something
 sample.py       from noise to latents
 mixing.py       several adapter files, each at a strength
 drawing.py      pictures on demand, from the store and adapter files
+step_work.py    what a step of training holds in memory
+layout.py       how that fits the memory budget
 forward_work.py what a forward pass holds
 forward_layout.py how that fits the memory budget
 previews.py     when, and which

@@ -14,6 +14,7 @@ from flux2_relay.stages.train import forward_work, layout
 from flux2_relay.stages.train.base import Stock
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import Dtype, MemoryOptions
+from flux2_relay.stages.train.step_work import Load
 
 _COPIES = 2
 """Of the adapters: as they were read, and mixed at a strength."""
@@ -55,7 +56,7 @@ def _candidates(spec: TransformerSpec, load: DrawingLoad, options: MemoryOptions
 def predict(spec: TransformerSpec, load: DrawingLoad, bits: int, resident: int) -> Layout:
     """The layout of these decisions with its predicted peak."""
     item_bytes = 4 if load.dtype == "float32" else 2
-    of_training = layout.Load(
+    of_training = Load(
         batch=1,
         rows=load.rows,
         adapter_bytes=load.adapter_bytes,

@@ -36,12 +36,13 @@ from flux2_relay.stages.train import (
 from flux2_relay.stages.train.batches import Batches, items, load_ahead
 from flux2_relay.stages.train.contexts import Contexts, open_contexts
 from flux2_relay.stages.train.job import Job, Journal
-from flux2_relay.stages.train.layout import Layout, LayoutOptions, Load, choose, load_for, pace_of
+from flux2_relay.stages.train.layout import Layout, LayoutOptions, choose, load_for, pace_of
 from flux2_relay.stages.train.packed_copy import kept_bytes
 from flux2_relay.stages.train.previews import Previews
 from flux2_relay.stages.train.ranks import RankLost
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.running import Run
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer, load_transformer, stock_of
 
 Say = Callable[[str], None]

@@ -167,7 +167,7 @@ def forget_before_passes(model: Any, folder: Path) -> list[float]:
 def train(folder: Path, stream: str, batch: int, steps: int) -> dict[str, float]:
     """Steps of the loop: median seconds, share of waiting, peak resident size and what it may be."""
     from flux2_relay.stages.measure import peak_resident_bytes
-    from flux2_relay.stages.train import layout, loop
+    from flux2_relay.stages.train import loop, step_work
 
     journal = Lines()
     job = job_of(folder, batch, stream, steps)
@@ -176,7 +176,7 @@ def train(folder: Path, stream: str, batch: int, steps: int) -> dict[str, float]
     loop.train(job, model, journal)
     model.residence.close()
     lines, forgetting = journal.steps[WARM_UP:], forgetting[WARM_UP:]
-    block = max(layout.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks))
+    block = max(step_work.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks))
     beside = sum(plan.parts[name] for name in ("adapter, gradients, moments", "block inputs", "one block's work"))
     busy, waited = (sum(line[name] for line in lines) for name in ("seconds", "wait_seconds"))
     return {
@@ -186,7 +186,7 @@ def train(folder: Path, stream: str, batch: int, steps: int) -> dict[str, float]
         "waiting": waited / (busy + waited),
         "resident_bytes": peak_resident_bytes(),
         "allowed_bytes": 3 * block + beside + ALLOWED,
-        "blocks_bytes": sum(layout.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks)),
+        "blocks_bytes": sum(step_work.block_bytes(model.spec, place, 32) for place in range(model.spec.blocks)),
     }
 
 

@@ -21,11 +21,12 @@ from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import kernels
 from flux2_relay.stages.quantize import QUANTIZED_BITS
 from flux2_relay.stages.sizes import TransformerSpec
-from flux2_relay.stages.train import layout, loop, lora, optimizer, packed_copy
+from flux2_relay.stages.train import layout, loop, lora, optimizer, packed_copy, step_work
 from flux2_relay.stages.train.backprop import loss_and_gradients
-from flux2_relay.stages.train.layout import Layout, Load
+from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions
-from flux2_relay.stages.train.residence import BlockWeights, Reader, Residence, Resident, Streamed
+from flux2_relay.stages.train.residence import BlockWeights, Reader, Residence, Resident, Streamed, resident_places
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer, block_path, block_shapes, from_tensors, tensor_shapes
 
 WARM_UP, STEPS = 3, 8
@@ -58,7 +59,7 @@ def prepare(settings: Mapping[str, Any]) -> "Bench":
         adapter_bytes=4 * lora.size(spec, options),
         adapter_copies=2 + optimizer.moments(task.options),
         item_bytes=2,
-        fused_attention=layout.has_fused_attention(task.rows),
+        fused_attention=step_work.has_fused_attention(task.rows),
     )
     decided = decide(spec, load, settings)
     mx.set_cache_limit(settings["cache_gib"] * GIB if "cache_gib" in settings else loop._CACHE_BYTES)
@@ -189,8 +190,8 @@ class Bench:
             residence.weights(place)
         mx.synchronize()
         seconds = time.perf_counter() - started
-        held = layout.resident_places(spec.blocks, self.layout.resident)
-        streamed = [layout.block_bytes(spec, p, self.layout.bits) for p in range(spec.blocks) if p not in held]
+        held = resident_places(spec.blocks, self.layout.resident)
+        streamed = [step_work.block_bytes(spec, p, self.layout.bits) for p in range(spec.blocks) if p not in held]
         read = 2 * sum(streamed) - streamed[-1]  # the block at the turn is read once
         self.transformer.residence = Same(residence, spec)
         compute = [self.step(number) for number in range(3)][-1]

@@ -10,12 +10,12 @@ import mlx.core as mx
 from bench.gpu import steps
 from bench.gpu.cases import GIB
 
-from flux2_relay.stages.train import layout, lora, optimizer
+from flux2_relay.stages.train import layout, lora, optimizer, step_work
 from flux2_relay.stages.train.batches import Draw, Item, Loaded
-from flux2_relay.stages.train.layout import Load
 from flux2_relay.stages.train.options import LoraOptions
 from flux2_relay.stages.train.shared_base import shared
 from flux2_relay.stages.train.step import Asked, Terms, gradients_together
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer
 
 Member = tuple[Transformer, optimizer.Optimizer]
@@ -81,7 +81,7 @@ def _predicted(bench: steps.Bench, count: int, joins: bool) -> int:
         adapter_bytes=4 * bench.found["adapter_parameters"],
         adapter_copies=2 + optimizer.moments(bench.task.options),
         item_bytes=2,
-        fused_attention=layout.has_fused_attention(bench.task.rows),
+        fused_attention=step_work.has_fused_attention(bench.task.rows),
     )
     loads = [load] * count
     return layout.predict_together(spec, loads, decided.bits, decided.resident, decided.pieces, joins).peak_bytes

@@ -15,15 +15,16 @@ import pytest
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize
 from flux2_relay.stages.spec import DEV, TransformerSpec
-from flux2_relay.stages.train import layout, lora, optimizer
+from flux2_relay.stages.train import layout, lora, optimizer, step_work
 from flux2_relay.stages.train.backprop import loss_and_gradients
 from flux2_relay.stages.train.batches import Draw, Item, Loaded
-from flux2_relay.stages.train.layout import Layout, Load
+from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.shared_base import shared
 from flux2_relay.stages.train.step import Asked, Terms, gradients_together
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
 
 SIDE, TEXT = 12, 48
@@ -175,7 +176,7 @@ def test_kept_projections_take_what_is_left() -> None:
     spec = SPECS["256 wide"]
     load = load_of(spec)
     base = layout.predict(spec, load, 32, spec.blocks).peak_bytes
-    one = layout.kept_bytes(spec, load, spec.blocks - 1)
+    one = step_work.kept_bytes(spec, load, spec.blocks - 1)
     keeps = [layout.choose(spec, load, MemoryOptions(bits=32), base + room).keep for room in (0, one - 1, one, 2 * one)]
     assert keeps == [0, 0, 1, 2]
 

@@ -18,10 +18,10 @@ from tiny.project import Project
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize, spec
 from flux2_relay.stages.train import layout
-from flux2_relay.stages.train.layout import Load
 from flux2_relay.stages.train.lora import LoraOptions
 from flux2_relay.stages.train.options import MemoryOptions
 from flux2_relay.stages.train.residence import Streamed
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer, load_transformer, stock_of
 
 MODES = {

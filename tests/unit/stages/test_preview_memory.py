@@ -10,9 +10,9 @@ import pytest
 from flux2_relay.stages import one_model
 from flux2_relay.stages.spec import TransformerSpec
 from flux2_relay.stages.train import forward_work, layout, lora, optimizer, sample
-from flux2_relay.stages.train.layout import Load
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, PreviewOptions, PromptOptions, TrainOptions
 from flux2_relay.stages.train.residence import Resident
+from flux2_relay.stages.train.step_work import Load
 from flux2_relay.stages.train.transformer import Transformer, block_shapes, outer_shapes
 
 TEXT, SIDE, PREVIEW = 48, 12, 28
