@@ -25,6 +25,12 @@ from pathlib import Path
 SYSTEM_LIBRARY = "libopenblas.so.0"
 SYMBOLS = tuple(name for kind in "sdc" for name in (f"cblas_{kind}gemm", f"{kind}gemm_"))
 _WIDE = 512  # from here on a second thread is worth its price
+_SLEEP_AFTER = "20"
+"""Power of two of the processor's ticks for which OpenBLAS's idle threads wait for a product before they sleep.
+
+Its own 26 are some 30 ms: longer than most of what a step does between two products, and all the while they take a core
+from the threads that read blocks and batches.
+"""
 SLOW = "no fast BLAS found: float32 products on this CPU will be 30 times slower; install the extra `cpu`"
 
 
@@ -86,6 +92,7 @@ def _outcome() -> Outcome:
     if "mlx.core" in sys.modules:
         late = "mlx.core was imported before flux2_relay.stages, too early for a fast BLAS"
         return Outcome(provider=None, sentence=f"{late}: float32 products on this CPU may be 30 times slower")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", _SLEEP_AFTER)  # read once, while it is loaded
     for provider, bring_in in PROVIDERS.items():
         try:
             is_there = bring_in()

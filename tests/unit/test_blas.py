@@ -31,6 +31,22 @@ def python(code: str, cache: Path) -> str:
     return done.stdout.strip()
 
 
+BUSY = """
+import os, time
+os.environ["OPENBLAS_NUM_THREADS"] = "2"
+import flux2_relay.stages
+import mlx.core as mx
+a = mx.ones((512, 512)); mx.eval(a @ a)
+spent = []
+for _ in range(5):
+    mx.eval(a @ a)
+    before = time.process_time()
+    time.sleep(0.05)
+    spent.append(time.process_time() - before)
+print(min(spent))
+"""
+
+
 @pytest.fixture
 def outcome(monkeypatch: pytest.MonkeyPatch):
     """The decision made anew, as if MLX had not been imported yet."""
@@ -111,6 +127,21 @@ def test_a_missing_wheel_gives_none(outcome, monkeypatch: pytest.MonkeyPatch) ->
     decided = outcome(wheel=blas._wheel)
     assert decided.provider is None
     assert "30 times slower" in decided.sentence
+
+
+@linux_cpu
+@has_extra
+def test_idle_threads_leave_their_core_to_others(tmp_path: Path) -> None:
+    """By their own choice they would go on asking for work for tens of milliseconds behind each product."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core has one thread whatever is asked")
+    assert float(python(BUSY, tmp_path)) < 0.005
+
+
+@linux_cpu
+def test_how_long_they_wait_is_the_users_choice(tmp_path: Path) -> None:
+    start = "import os; os.environ['OPENBLAS_THREAD_TIMEOUT'] = '7'; import flux2_relay.stages; "
+    assert python(start + "print(os.environ['OPENBLAS_THREAD_TIMEOUT'])", tmp_path) == "7"
 
 
 class Wheel(importlib.metadata.Distribution):
