@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import mlx.core as mx
 
 from flux2_relay.pipeline import signals
 from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.config import Config
-from flux2_relay.stages import figures, folders, memory, spec
+from flux2_relay.stages import blas, figures, folders, memory, spec
 from flux2_relay.stages.catalogue import CATALOGUE
 from flux2_relay.stages.measure import in_words
-from flux2_relay.stages.train import pace
+from flux2_relay.stages.train import course, pace
+from flux2_relay.stages.train.course import Task
 from flux2_relay.stages.train.layout import Layout, LayoutOptions
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
-from flux2_relay.stages.train.pace import Pace, Task
+from flux2_relay.stages.train.pace import Pace
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.transformer import Transformer, load_transformer
 
@@ -61,6 +61,7 @@ def run(asked: Asked, config: Config | None) -> None:
     """
     subject = _of_catalogue(asked) if config is None else _of_config(asked, config)
     make = None if subject.places is None else partial(_load, subject.places, subject.task)
+    click.echo(blas.describe(), err=True)
     with signals.end_it() as status:
         try:
             found = pace.find(subject.task, make, lambda sentence: click.echo(sentence, err=True))
@@ -126,11 +127,10 @@ def _subject(
 
 def _load(places: "ModelFolders", task: Task, _: "TransformerSpec", layout: Layout) -> Transformer:
     """Real weights, as training loads them."""
-    dtype = mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16
     residence = partial(Streamed, resident=layout.resident, ahead=layout.ahead) if layout.streamed else Resident
     copy = task.options.memory.copy
     return load_transformer(
-        places.root, task.spec, layout.bits, dtype, residence, Path(copy).expanduser() if copy else None
+        places.root, task.spec, layout.bits, task.dtype, residence, Path(copy).expanduser() if copy else None
     )
 
 
@@ -141,7 +141,7 @@ def _told(subject: _Subject, found: Pace) -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{'macOS ' + platform.mac_ver()[0] if platform.mac_ver()[0] else platform.system()}",
         "model": subject.name,
-        "weights": "random" if subject.places is None else "real",
+        "weights": "random" if subject.places is None or found.computed else "real",
         "resolution": subject.resolution,
         "batch": train.batch * train.accumulate,
         "rank": subject.task.lora.rank,
@@ -154,18 +154,20 @@ def _told(subject: _Subject, found: Pace) -> dict[str, object]:
         "steps": found.timed,
         "how": "computed" if found.computed else "measured",
         "stopped": found.stopped,
-        "from": _source(found),
+        "from": _source(subject, found),
+        "products": blas.describe(),
         "peak_bytes": found.peak_bytes,
         "predicted_peak_bytes": layout.peak_bytes,
         "versions": {"flux2-relay": version("flux2-relay"), "mlx": version("mlx"), "python": platform.python_version()},
     }
 
 
-def _source(found: Pace) -> str:
+def _source(subject: _Subject, found: Pace) -> str:
     """What the seconds of a step come from."""
     said = [f"median of {found.timed}" if found.timed else "the warm-up alone"]
     if found.computed:
-        said.insert(0, f"{'scaled by operations' if found.scaled else 'computed'} from a few blocks")
+        how = f"scaled by operations from {course.in_blocks(found.parts[-1], subject.task)}"
+        said.insert(0, how if found.scaled else f"computed from a few of the {found.layout.blocks} blocks")
         said += ["reading from disk not in it"] if found.layout.streamed else []
     return ", ".join([*said, *(["stopped early"] if found.stopped else [])])
 

@@ -60,8 +60,8 @@ def import_(file: Path, output: Path | None, flags: str | None, model: str | Non
 def bench(config_file: Path | None, settings: tuple[str, ...], **asked: object) -> None:
     """Time training steps on this machine, and print one line to share.
 
-    How long it will take is said first. A model too large for this machine's memory, or too slow on it, is timed in
-    parts; the line says then that it was computed. Ctrl-C ends it with what was timed so far.
+    How long it will take is said first: minutes. Of a model too large for this machine's memory, or too slow on it,
+    a few blocks are timed; the line says then what it was computed from. Ctrl-C ends it with what was timed so far.
     """
     from flux2_relay.pipeline import bench, config
 

@@ -2,12 +2,10 @@
 
 Gradients, clipping and update are those of `step.py` and `optimizer.py`; only items and, where no model is given, the
 weights are random: they are made a block at a time, so that a model needs no more memory than it does in training.
-A model that stays in memory at no width, or whose steps would take too long, is timed in parts: models of a few of its
-blocks give the time of one block of each kind and of the rest, and the sum is called computed. Reading blocks from disk
-is not in it.
+A model that stays in memory at no width, or whose steps would take too long, is timed in parts with random weights
+(`course.py`), and the whole is called computed. Reading blocks from disk is not in it.
 
-How long all of it will take is told before it begins: the operations of a step over those that one product of the
-model's width reaches in a second. Ctrl-C ends it with what was timed so far.
+How long all of it will take is told before it begins, and Ctrl-C ends it with what was timed so far.
 """
 
 import math
@@ -26,45 +24,17 @@ from flux2_relay.stages.measure import peak_bytes
 from flux2_relay.stages.one_model import release
 from flux2_relay.stages.quantize import Weight
 from flux2_relay.stages.spec import TransformerSpec
-from flux2_relay.stages.train import lora
+from flux2_relay.stages.train import course, lora
 from flux2_relay.stages.train.batches import Draw, Item, Loaded
-from flux2_relay.stages.train.layout import Layout, LayoutOptions, layout_for
+from flux2_relay.stages.train.course import Course, Task
+from flux2_relay.stages.train.layout import Layout, layout_for
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.optimizer import Optimizer, clip
-from flux2_relay.stages.train.options import LoraOptions
 from flux2_relay.stages.train.residence import Resident, Streamed
 from flux2_relay.stages.train.step import Terms, gradients_of
-from flux2_relay.stages.train.transformer import (
-    Transformer,
-    block_shapes,
-    double_shapes,
-    image_ids,
-    outer_shapes,
-    single_shapes,
-    text_ids,
-)
+from flux2_relay.stages.train.transformer import Transformer, block_shapes, image_ids, outer_shapes, text_ids
 
-_WARM_UP = 2  # steps in which kernels are compiled and buffers are made; one where steps are long
-_STEPS, _FEWEST = 5, 2  # timed ones, where nobody says how many
-_LONG_SECONDS = 300.0  # from here on fewer steps are timed, then only parts of the model
-_PROBE_ROWS, _PROBES, _PROBE_SECONDS = 512, 8, 2.0
 _CACHE_BYTES = 1 << 30  # as in training
-_PARTS = (1, 1), (3, 1), (1, 3)
-"""Double and single blocks of the models that stand for one which stays in memory at no width."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What is timed."""
-
-    spec: TransformerSpec
-    options: LayoutOptions
-    lora: LoraOptions
-    size: tuple[int, int]
-    """Rows and columns of the picture in tokens."""
-    text_rows: int
-    steps: int | None = None
-    """Timed steps, after those that warm up; None: five, or fewer where these would take long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,46 +47,65 @@ class Pace:
     slowest: float
     peak_bytes: int
     """Measured; of a computed pace that of the largest part."""
-    computed: bool
     timed: int
     """Steps behind the median, of each part; 0 where only steps that warm up were over."""
     stopped: bool = False
     """Ctrl-C came before the last step."""
-    scaled: bool = False
-    """Not all parts were timed: by operations from the largest that was."""
+    parts: tuple[Task, ...] = ()
+    """What was timed instead of the whole: three kinds of part tell how long a block of each kind takes, from fewer the
+    whole is scaled by operations."""
 
+    @property
+    def computed(self) -> bool:
+        """Whether parts were timed, with random weights."""
+        return bool(self.parts)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Course:
-    """How many steps are made of a model or of each part, and how long a step of the whole should take."""
-
-    warm_up: int
-    steps: int
-    seconds: float
-    in_parts: bool
+    @property
+    def scaled(self) -> bool:
+        """Whether the parts were too few to tell the kinds of block apart."""
+        return course.are_too_few(self.parts)
 
 
 Make = Callable[[TransformerSpec, Layout], Transformer]
 """A transformer as a layout has it, without adapters."""
+Say = Callable[[str], None]
 
 
-def find(task: Task, make: Make | None, say: Callable[[str], None]) -> Pace:
+def find(task: Task, make: Make | None, say: Say) -> Pace:
     """The pace of a task, with the weights that `make` loads, or with random ones.
 
     InputError where it fits the budget in no way; KeyboardInterrupt where it came before the first step was over.
     """
     blas.suit(task.spec.hidden)
     mx.set_cache_limit(_CACHE_BYTES)
-    if make is not None:
-        layout, in_parts = _layout(task), False
-    else:
-        layout = _in_memory(task)
-        in_parts = layout is None
-    course = _course(task, in_parts, make is None)
-    say(_announced(task, course))
-    if course.in_parts or layout is None:
-        return _computed(task, course, say)
-    return _measured(task, layout, make or _random_weights(task), course, say)
+    whole = _layout(task) if make is not None else _in_memory(task)
+    layout = whole or _layout(task)  # what a training would do
+    chosen = course.choose(task, _speed(task, layout.bits, makes=make is None), fits=whole is not None)
+    say(course.announced(task, chosen))
+    clock = _Clock(say, None if task.steps else time.perf_counter() + course.END_SECONDS)
+    if chosen.parts:
+        return _computed(task, layout, chosen, clock)
+    return _measured(task, layout, make or _random_weights(task), chosen, clock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Whom it is told how it goes, and when it has to be over."""
+
+    say: Say
+    end: float | None
+
+    def has(self, seconds: float) -> bool:
+        """Whether so much time is left."""
+        return self.end is None or time.perf_counter() + seconds < self.end
+
+
+def _speed(task: Task, bits: int, makes: bool) -> course.Speed:
+    width = task.spec.hidden
+    started = time.perf_counter()
+    _random({"probe": (width, width)}, bits, 0)
+    weights = width**2 / (time.perf_counter() - started) if makes else math.inf
+    return course.Speed(operations=course.operations_a_second(task), weights=weights)
 
 
 def _in_memory(task: Task) -> Layout | None:
@@ -128,77 +117,8 @@ def _in_memory(task: Task) -> Layout | None:
         return None
 
 
-def _course(task: Task, in_parts: bool, may_part: bool) -> _Course:
-    """As many steps as were asked for; where none were, as many as keep it short, then parts of the model."""
-    seconds = _operations(task, task.spec) / _operations_a_second(task)
-
-    def course(warm_up: int, steps: int, in_parts: bool) -> _Course:
-        return _Course(warm_up=warm_up, steps=task.steps or steps, seconds=seconds, in_parts=in_parts)
-
-    asked = [course(_WARM_UP, _STEPS, in_parts), course(1, _FEWEST, in_parts)]
-    asked += [course(1, _FEWEST, True)] if may_part and not in_parts else []
-    return next((one for one in asked if _seconds(task, one) < _LONG_SECONDS), asked[-1])
-
-
-def _seconds(task: Task, course: _Course) -> float:
-    """What all of it should take, making weights aside."""
-    of_whole = _operations(task, task.spec)
-    share = sum(_operations(task, few) for few in _few(task)) / of_whole if course.in_parts else 1.0
-    return (course.warm_up + course.steps) * course.seconds * share
-
-
-def _few(task: Task) -> list[TransformerSpec]:
-    return [replace(task.spec, double_blocks=double, single_blocks=single) for double, single in _PARTS]
-
-
-def _operations(task: Task, spec: TransformerSpec) -> float:
-    """Of a step: two for each weight of the blocks and token that meets it, and attention's.
-
-    Three times those of a forward pass: the pass itself, the one that recomputes, and the gradients of the inputs.
-    """
-    (rows, columns), train = task.size, task.options.train
-    tokens = rows * columns + task.text_rows
-    double, single = (sum(map(math.prod, shapes(spec).values())) for shapes in (double_shapes, single_shapes))
-    weights = spec.double_blocks * double / 2 + spec.single_blocks * single  # a double block has a half for each stream
-    forward = 2 * weights * tokens + 4 * spec.blocks * spec.hidden * tokens**2
-    return 3.0 * forward * train.batch * train.accumulate
-
-
-def _operations_a_second(task: Task) -> float:
-    """What a product of the model's width reaches here: the best of a few, since other programs may be in the way."""
-    dtype = mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16
-    width = task.spec.hidden
-    a, b = mx.zeros((_PROBE_ROWS, width), dtype), mx.zeros((width, width), dtype)
-    mx.eval(a, b)
-    best, began = math.inf, time.perf_counter()
-    for number in range(_PROBES):
-        started = time.perf_counter()
-        mx.eval(a @ b)
-        best = min(best, time.perf_counter() - started)
-        if number and time.perf_counter() - began > _PROBE_SECONDS:
-            break
-    return 2.0 * _PROBE_ROWS * width * width / best
-
-
-def _announced(task: Task, course: _Course) -> str:
-    what = f"{course.warm_up + course.steps} steps"
-    if course.in_parts:
-        what += f" of each of {len(_PARTS)} models of a few of the {task.spec.blocks} blocks"
-    return (
-        f"{what}, {_about(_seconds(task, course))}: by the speed of one product a step of "
-        f"the whole model takes {_about(course.seconds)}. Ctrl-C ends it with what was timed"
-    )
-
-
-def _about(seconds: float) -> str:
-    """A forecast, no finer than it deserves."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
-
-
 def _random_weights(task: Task) -> Make:
-    return partial(random_transformer, dtype=mx.float32 if task.options.train.dtype == "float32" else mx.bfloat16)
+    return partial(random_transformer, dtype=task.dtype)
 
 
 def _layout(task: Task) -> Layout:
@@ -206,8 +126,8 @@ def _layout(task: Task) -> Layout:
     return layout_for(task.spec, [item], task.text_rows, lora.size(task.spec, task.lora), task.options)
 
 
-def _measured(task: Task, layout: Layout, make: Make, course: _Course, say: Callable[[str], None]) -> Pace:
-    say(layout.in_words())
+def _measured(task: Task, layout: Layout, make: Make, chosen: Course, clock: _Clock) -> Pace:
+    clock.say(layout.in_words())
     release()
     mx.reset_peak_memory()
     seconds: list[float] = []
@@ -216,82 +136,62 @@ def _measured(task: Task, layout: Layout, make: Make, course: _Course, say: Call
         transformer = make(task.spec, layout)
         transformer.keep, transformer.attention_heads = layout.keep, layout.heads
         try:
-            _steps(task, transformer, course, seconds, say)
+            _steps(task, transformer, chosen, seconds, clock)
         except KeyboardInterrupt:
             if not seconds:
                 raise
             stopped = True
         finally:
             transformer.residence.close()
-    peak, timed = peak_bytes(), seconds[course.warm_up :]
+    peak, timed = peak_bytes(), seconds[chosen.warm_up :]
     del transformer
     release()
     told = timed or seconds
     return Pace(
-        layout=layout,
-        seconds=median(told),
-        slowest=max(told),
-        peak_bytes=peak,
-        computed=False,
-        timed=len(timed),
-        stopped=stopped,
+        layout=layout, seconds=median(told), slowest=max(told), peak_bytes=peak, timed=len(timed), stopped=stopped
     )
 
 
-def _computed(task: Task, course: _Course, say: Callable[[str], None]) -> Pace:
-    """Whole = rest + double blocks x one + single blocks x one, each from the difference of two models."""
-    layout = _layout(task)  # what a training would do
-    memory = replace(task.options.memory, bits=layout.bits, stream="never")
-    part = replace(task, options=replace(task.options, memory=memory))
+def _computed(task: Task, layout: Layout, chosen: Course, clock: _Clock) -> Pace:
+    """From parts of the model in memory, at the width that a training would have."""
+    options = replace(task.options, memory=replace(task.options.memory, bits=layout.bits, stream="never"))
     found: list[Pace] = []
-    for few in _few(task):
-        blocks = f"{few.double_blocks} double and {few.single_blocks} single blocks"
-        say(f"{blocks} of {task.spec.double_blocks} and {task.spec.single_blocks}:")
-        of_part = replace(part, spec=few)
+    for part in (replace(part, options=options) for part in chosen.parts):
+        if found and not clock.has(_steps_of(chosen) * found[-1].seconds):
+            clock.say("the other parts would take too long: scaled by operations from what was timed")
+            break
+        clock.say(f"{course.in_blocks(part, task)}:")
         try:
-            found.append(_measured(of_part, _layout(of_part), _random_weights(task), course, say))
+            found.append(_measured(part, _layout(part), _random_weights(task), chosen, clock))
         except KeyboardInterrupt:
             if not found:
                 raise
-            break
+            found[-1] = replace(found[-1], stopped=True)
         if found[-1].stopped:
             break
-    scaled = len(found) < len(_PARTS)
-    seconds = _by_operations(task, found) if scaled else _by_blocks(task, found)
+    parts = chosen.parts[: len(found)]
+    seconds = course.whole(task, parts, [pace.seconds for pace in found])
     return Pace(
         layout=layout,
         seconds=seconds,
         slowest=seconds * max(pace.slowest / pace.seconds for pace in found),
         peak_bytes=max(pace.peak_bytes for pace in found),
-        computed=True,
         timed=min(pace.timed for pace in found),
-        stopped=scaled or found[-1].stopped,
-        scaled=scaled,
+        stopped=found[-1].stopped,
+        parts=parts,
     )
 
 
-def _by_blocks(task: Task, found: list[Pace]) -> float:
-    least, more_double, more_single = found
-    a_double = (more_double.seconds - least.seconds) / (_PARTS[1][0] - _PARTS[0][0])
-    a_single = (more_single.seconds - least.seconds) / (_PARTS[2][1] - _PARTS[0][1])
-    rest = least.seconds - a_double - a_single
-    return max(least.seconds, rest + task.spec.double_blocks * a_double + task.spec.single_blocks * a_single)
+def _steps_of(chosen: Course) -> int:
+    return chosen.warm_up + chosen.steps
 
 
-def _by_operations(task: Task, found: list[Pace]) -> float:
-    """Where the parts do not tell the kinds of block apart yet: as if every operation took as long as every other."""
-    done = _few(task)[len(found) - 1]
-    return found[-1].seconds * _operations(task, task.spec) / _operations(task, done)
-
-
-def _steps(
-    task: Task, transformer: Transformer, course: _Course, seconds: list[float], say: Callable[[str], None]
-) -> None:
+def _steps(task: Task, transformer: Transformer, chosen: Course, seconds: list[float], clock: _Clock) -> None:
     """Make the steps of a course; what each took goes to the end of `seconds`, those that warm up included."""
     train = task.options.train
     lora.attach(transformer, task.lora, seed=0)
     optimizer, terms = Optimizer(train, lora.parameters(transformer)), Terms(0, train, task.lora.dropout)
-    steps = course.warm_up + course.steps
+    steps = _steps_of(chosen)
     for number in range(steps):
         loaded = _noise(task, number)
         started = time.perf_counter()
@@ -303,9 +203,12 @@ def _steps(
             )
         lora.load(transformer, optimizer.update(lora.parameters(transformer), gradients, number))
         seconds.append(time.perf_counter() - started)
-        left = f"; {_about((steps - number - 1) * seconds[-1])} left" if number + 1 < steps else ""
-        warm = " (warm-up)" * (number < course.warm_up)
-        say(f"step {number + 1} of {steps}: {seconds[-1]:.3g} s{warm}{left}")
+        left = f"; {course.about((steps - number - 1) * seconds[-1])} left" if number + 1 < steps else ""
+        warm = " (warm-up)" * (number < chosen.warm_up)
+        clock.say(f"step {number + 1} of {steps}: {seconds[-1]:.3g} s{warm}{left}")
+        if number + 1 < steps and not clock.has(seconds[-1]):
+            clock.say("the next step would take too long: what was timed has to do")
+            return
 
 
 def _noise(task: Task, number: int) -> Loaded:
@@ -346,7 +249,10 @@ def _random(shapes: dict[str, tuple[int, ...]], bits: int, seed: int) -> dict[st
     made: dict[str, Weight] = {}
     for (name, shape), key in zip(shapes.items(), keys, strict=True):
         if len(shape) == 2:
-            value = mx.random.normal(shape, mx.bfloat16, scale=1 / math.sqrt(shape[1]), key=key)
+            side = math.sqrt(
+                3 / shape[1]
+            )  # uniform: of the same spread as normal ones, and made in a third of the time
+            value = mx.random.uniform(-side, side, shape, mx.bfloat16, key=key)
             made[name] = quantize.pack(value, bits)
         else:
             made[name] = mx.ones(shape, mx.float32 if bits == 32 else mx.bfloat16)

@@ -12,7 +12,7 @@ from tiny.project import Project, relay
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline import bench
 from flux2_relay.stages.sizes import TransformerSpec
-from flux2_relay.stages.train import pace
+from flux2_relay.stages.train import course, pace
 from flux2_relay.stages.train.layout import LayoutOptions
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
 
@@ -21,13 +21,13 @@ SPEC = TransformerSpec(
 )
 
 
-def task(**changes: object) -> pace.Task:
+def task(**changes: object) -> course.Task:
     options = LayoutOptions(train=TrainOptions(batch=2, accumulate=2, dtype="float32"), memory=MemoryOptions(bits=32))
-    made = pace.Task(spec=SPEC, options=options, lora=LoraOptions(rank=2), size=(4, 4), text_rows=8, steps=2)
+    made = course.Task(spec=SPEC, options=options, lora=LoraOptions(rank=2), size=(4, 4), text_rows=8, steps=2)
     return replace(made, **changes)
 
 
-def budget(of: pace.Task, size: int, **changes: object) -> pace.Task:
+def budget(of: course.Task, size: int, **changes: object) -> course.Task:
     memory = replace(of.options.memory, budget=size, **changes)
     return replace(of, options=replace(of.options, memory=memory))
 
@@ -68,8 +68,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, of_blocks: dict[tuple[int, int], fl
     """Steps take these seconds by double and single blocks; Ctrl-C comes instead of step `end` of all of them."""
     made = []
 
-    def timed(of: pace.Task, _: object, course: pace._Course, seconds: list[float], *__: object) -> None:
-        for _ in range(course.warm_up + course.steps):
+    def timed(of: course.Task, _: object, chosen: course.Course, seconds: list[float], *__: object) -> None:
+        for _ in range(chosen.warm_up + chosen.steps):
             made.append(of)
             if len(made) == end:
                 raise KeyboardInterrupt
@@ -79,25 +79,87 @@ def pretend(monkeypatch: pytest.MonkeyPatch, of_blocks: dict[tuple[int, int], fl
     monkeypatch.setattr(pace, "random_transformer", lambda *_, **__: _Nothing())
 
 
+WHOLE, THREE, ONE = 0, 3, 1
+LARGE = replace(SPEC, double_blocks=8, single_blocks=20)
+NORMAL = course.Speed(operations=1.0, weights=float("inf"))
+
+
 @pytest.mark.parametrize(
     ("seconds", "steps", "expected"),
     [
-        (1, None, (2, 5, False)),
-        (1, 9, (2, 9, False)),
-        (60, None, (1, 2, False)),
-        (110, None, (1, 2, True)),
-        (110, 1, (1, 1, False)),
-        (1e6, 1, (1, 1, True)),
+        (1, None, (2, 5, WHOLE)),
+        (1, 9, (2, 9, WHOLE)),
+        (60, None, (1, 2, WHOLE)),
+        (110, None, (1, 1, WHOLE)),
+        (160, None, (1, 2, THREE)),
+        (350, None, (1, 1, THREE)),
+        (500, None, (1, 1, ONE)),
+        (110, 1, (1, 1, WHOLE)),
+        (1e9, 1, (1, 1, ONE)),
     ],
 )
 def test_the_slower_the_machine_the_less_is_timed(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int | None, expected: tuple[int, int, bool]
+    seconds: float, steps: int | None, expected: tuple[int, int, int]
 ) -> None:
-    of = task(steps=steps, spec=replace(SPEC, double_blocks=8, single_blocks=20))
-    monkeypatch.setattr(pace, "_operations_a_second", lambda _: pace._operations(of, of.spec) / seconds)
-    course = pace._course(of, in_parts=False, may_part=True)
-    assert (course.warm_up, course.steps, course.in_parts) == expected
-    assert not pace._course(of, in_parts=False, may_part=False).in_parts
+    of = task(steps=steps, spec=LARGE)
+    speed = replace(NORMAL, operations=course.operations(of) / seconds)
+    chosen = course.choose(of, speed, fits=True)
+    assert (chosen.warm_up, chosen.steps, len(chosen.parts)) == expected
+    assert chosen.step_seconds == pytest.approx(seconds)
+    assert course.choose(of, speed, fits=False).parts
+
+
+@pytest.mark.parametrize("seconds", [1.0, 100.0, 300.0, 1000.0, 10_000.0, 100_000.0])
+@pytest.mark.parametrize("fits", [True, False])
+def test_whatever_is_chosen_is_over_within_minutes(seconds: float, fits: bool) -> None:
+    of = task(steps=None, spec=replace(SPEC, double_blocks=8, single_blocks=48), size=(64, 64), text_rows=512)
+    chosen = course.choose(of, replace(NORMAL, operations=course.operations(of) / seconds), fits)
+    made = chosen.parts or (of,)
+    work = (chosen.warm_up + chosen.steps) * sum(map(course.operations, made))
+    assert chosen.seconds == pytest.approx(work * seconds / course.operations(of))
+    assert chosen.seconds < course.LONG_SECONDS
+
+
+def test_making_weights_counts() -> None:
+    of = task(steps=None)
+    slow = course.Speed(operations=float("inf"), weights=1.0)
+    assert len(course.choose(of, slow, fits=True).parts) == ONE
+    assert not course.choose(of, replace(slow, weights=float("inf")), fits=True).parts
+
+
+def test_fewer_tokens_where_even_two_blocks_take_too_long() -> None:
+    of = task(steps=None, spec=LARGE, size=(32, 48), text_rows=512)
+    (part,) = course.choose(of, replace(NORMAL, operations=course.operations(of) / 30_000), fits=True).parts
+    assert (part.size, part.text_rows) == ((8, 12), 32)
+    said = course.in_blocks(part, of)
+    assert said == "1 double and 1 single of the 28 blocks, 192 x 128 pixels and 32 text rows"
+    assert course.whole(of, [part], [2.0]) == pytest.approx(2 * course.operations(of) / course.operations(part))
+
+
+def test_steps_that_take_longer_than_was_forecast_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end has come when the first step is over: neither the others nor the other parts are begun."""
+    monkeypatch.setattr(course, "END_SECONDS", 0.0)
+    said: list[str] = []
+    found = pace.find(task(steps=None), None, said.append)
+    assert (found.timed, found.stopped, found.computed) == (0, False, False)
+    assert "too long" in said[-1]
+    monkeypatch.setattr(pace, "_in_memory", lambda _: None)
+    found = pace.find(task(steps=None, spec=LARGE), None, said.append)
+    assert (found.timed, found.stopped, len(found.parts)) == (0, False, 1)
+    assert found.scaled
+    assert pace.find(task(), None, said.append).timed == 2  # whoever says how many gets them
+
+
+def test_real_weights_that_take_too_long_are_timed_as_random_parts(
+    dev: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path, dev, pictures).write()
+    monkeypatch.setattr(course, "operations_a_second", lambda of: course.operations(of) / 10_000)
+    outcome = relay("bench", "-c", project.config)
+    assert outcome.status == 0, outcome.said
+    line = outcome.said.splitlines()[-1]
+    assert "random weights" in line
+    assert "scaled by operations from 1 double and 1 single of the" in line
 
 
 def test_operations_are_those_of_three_passes_through_the_blocks() -> None:
@@ -105,7 +167,7 @@ def test_operations_are_those_of_three_passes_through_the_blocks() -> None:
     of, width = task(), SPEC.hidden
     weights = 2 * 13 * width**2 + 3 * 13 * width**2  # a block has 4 + 9 matrices of width x width for each token
     forward = 2 * weights * (16 + 8) + 5 * 4 * width * (16 + 8) ** 2
-    assert pace._operations(of, SPEC) == pytest.approx(3 * 4 * forward, rel=0.01)
+    assert course.operations(of) == pytest.approx(3 * 4 * forward, rel=0.01)
 
 
 @pytest.mark.parametrize(("end", "timed", "seconds"), [(2, 0, 3.0), (3, 0, 3.0), (5, 2, 3.0)])
