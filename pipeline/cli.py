@@ -53,6 +53,7 @@ def cli() -> None:
 
     In this order for a first LoRA: init FOLDER, plan, encode, train, decode RUN, report RUN.
     """
+    _speak_utf8()
 
 
 @cli.command()
@@ -204,6 +205,16 @@ def main(arguments: list[str] | None = None) -> None:
     except signals.Terminated as leaving:
         _complain("asked to stop; everything committed so far is kept, and the same command goes on from there")
         sys.exit(leaving.exit_status)
+
+
+def _speak_utf8() -> None:
+    """Refuse a locale in which Python garbles names: a picture that is there would be said not to be."""
+    names = sys.getfilesystemencoding()
+    if names.lower() not in ("utf-8", "utf8"):
+        raise InputError(
+            f"names and captions are UTF-8 here, but in this locale Python takes them for {names}; "
+            "run it with PYTHONUTF8=1, or with a locale such as LC_ALL=C.UTF-8"
+        )
 
 
 def calm_bars() -> None:

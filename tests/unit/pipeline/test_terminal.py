@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -57,6 +58,17 @@ def test_the_catalogue_and_the_size_of_a_store_fit(encoded_store: Path) -> None:
         lines = printed(*arguments).splitlines()
         # A command is not broken, and neither is a path.
         assert not [line for line in lines if len(line) > 80 and "hf download" not in line and "/" not in line]
+
+
+@pytest.mark.parametrize(("utf8", "status"), [("0", 2), ("1", 0)])
+def test_a_locale_that_garbles_names_is_refused(utf8: str, status: int) -> None:
+    """Else a folder whose name is not ASCII, and that is there, was said not to be."""
+    garbling = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "flux2_relay.pipeline.cli", "models"]
+    done = subprocess.run(command, env=garbling, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("run it with PYTHONUTF8=1" in done.stderr) == bool(status)
+    assert "Traceback" not in done.stderr
 
 
 def test_nothing_is_coloured(encoded_store: Path) -> None:
