@@ -212,7 +212,7 @@ def stats(store: Store, progress: Progress | None = None) -> Stats:
         try:
             header = store.header(kind, key)
         except StoreError:
-            damaged += 1
+            damaged += store.examine(kind, key, full=False) is not None  # else `gc` has collected it
             continue
         size = (header.raw_bytes, int(header.attributes["stored_bytes"]))
         of = namers.get((kind, key), [])
@@ -328,7 +328,8 @@ def _missing(store: Store, unreadable: Collection[str]) -> dict[str, int]:
     there = {kind: _names(store, kind) for kind in KINDS}
     counts: dict[str, int] = {}
     for key in _names(store, "sets") - set(unreadable):
-        wanted = needs(store.open_set(key).body)
+        record = store.read_set(key)
+        wanted = needs(record.body) if record else {}  # dropped since it was listed
         counts[key] = sum(len(set(keys) - there[kind]) for kind, keys in wanted.items())
     return {key: count for key, count in counts.items() if count}
 

@@ -37,15 +37,13 @@ def publish_folder(files: Mapping[str, bytes], tmp: Path, place: Path) -> bool:
 
 
 def replace_file(data: bytes, tmp: Path, place: Path) -> bool:
-    """Put `data` in the place of an existing file in one step -> False if its folder is no longer there."""
+    """Put `data` in the place of an existing file in one step -> False if its folder was not there."""
     aside = tmp / uuid4().hex
     try:
         _write_folder(aside, {place.name: data})
         os.rename(aside / place.name, place)
         sync_folder(place.parent)
-    except FileNotFoundError:
-        if place.parent.exists():
-            raise
+    except FileNotFoundError:  # it may be there again by now: ask nobody, try again
         return False
     finally:
         remove_folder(aside)

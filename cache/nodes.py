@@ -31,7 +31,7 @@ class Leftover:
 
 
 class Nodes(Protocol):
-    """A place for nodes. A FileNotFoundError names the file that is not there; other trouble is an OSError."""
+    """A place for nodes. A FileNotFoundError names the file that is not there; other trouble: OSError or Damage."""
 
     @property
     def name(self) -> str:
@@ -117,8 +117,8 @@ class Folder:
         return (self.path / kind / key).is_dir()
 
     def exists(self, kind: str, key: str) -> bool:
-        """Say whether anything has its name."""
-        return (self.path / kind / key).exists()
+        """Say whether anything has its name, be it a link to nothing."""
+        return os.path.lexists(self.path / kind / key)
 
     def read(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
         """Read files of a node, of one and the same even if another takes its place meanwhile -> bytes by name."""
@@ -147,6 +147,8 @@ class Folder:
     def publish_set(self, key: str, zarr_json: bytes) -> None:
         """Publish the set, or replace its one file in one step."""
         place = self.path / "sets" / key
+        if self.exists("sets", key) and not place.is_dir():  # a link to nothing, or no set at all
+            durable.set_aside(place, self._tmp)
         while not durable.publish_folder({"zarr.json": zarr_json}, self._tmp, place):
             if durable.replace_file(zarr_json, self._tmp, place / "zarr.json"):
                 break  # else it was dropped between the two calls
@@ -180,8 +182,16 @@ class Folder:
 
 
 def read_folder(folder: Path | str, names: Iterable[str]) -> dict[str, bytes]:
-    """Read files of one folder -> bytes by name; of that folder also when another gets its name meanwhile."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Read files of one folder -> bytes by name; of that folder also when another gets its name meanwhile.
+
+    Damage for a link to nothing: somebody moved the folder to a disk that is not there now.
+    """
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        if os.path.islink(folder):
+            raise Damage("it is a link to nothing") from error
+        raise
     try:
         return {name: _read_in(opened, name) for name in names}
     finally:

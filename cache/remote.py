@@ -201,7 +201,7 @@ class Remote:
     def fetch(self, kind: str, key: str, names: Iterable[str]) -> dict[str, bytes]:
         """Read a node from its copy, which is made if there is none."""
         names = tuple(names)
-        with suppress(OSError):
+        with suppress(OSError, Damage):
             return self.copies.read(kind, key, names)
         node = self.read(kind, key, names)
         self._keep(kind, key, node)
@@ -331,5 +331,9 @@ def _open_root(bucket: Bucket, mode: Literal["r", "a"]) -> None:
     if mode == "a":
         groups = skeleton()
         for path in groups:
-            bucket.create(path, groups[path])
+            if bucket.create(path, groups[path]) and path == "zarr.json":  # which is there
+                raise StoreError(
+                    f"{bucket.name}: this object store overwrites what it is told to create only (If-None-Match), so "
+                    "two writers could damage an entry. Encode into a folder, and copy that."
+                )
         bucket.replace("tmp/zarr.json", groups["tmp/zarr.json"])  # shows whether we may write

@@ -33,7 +33,8 @@ KINDS = tuple(encoding.DIMENSIONS)
 _REPAIR = "Run `relay cache verify --repair`, then `relay encode`."
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENOENT}  # the entry's own fault
-_LOOK_AGAIN_SECONDS = 1.0  # gc takes an unused entry out of sight for a moment before it looks a second time
+LOOK_AGAIN_SECONDS = 1.0
+"""How long `gc` may keep an unused entry out of sight before it looks a second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Store:
             try:
                 node = self.nodes.fetch(kind, _checked(key), files)
             except FileNotFoundError:
-                self.wait(_LOOK_AGAIN_SECONDS)
+                self.wait(LOOK_AGAIN_SECONDS)
                 node = self.nodes.fetch(kind, key, files)
             try:
                 return encoding.decode(node, kind, key)
@@ -83,7 +84,7 @@ class Store:
                 return encoding.decode(self.nodes.fetch(kind, key, files), kind, key)  # only the copy may be damaged
         except FileNotFoundError as error:
             if not self.nodes.exists(kind, key):
-                raise StoreError(f"{self._called(kind, key)} is missing. Run `relay encode`.") from error
+                raise self._gone(kind, key) from error
             lost = Path(error.filename).name
             raise StoreError(f"{self._called(kind, key)} is damaged: it has no {lost}. {_REPAIR}") from error
         except (Damage, OSError) as error:
@@ -93,6 +94,8 @@ class Store:
         """Read what an entry's zarr.json says, one small file -> Header, or StoreError."""
         try:
             return encoding.parse_header(self._zarr_json(_known(kind), _checked(key)), kind, key)
+        except FileNotFoundError as error:
+            raise self._refused(kind, key, error) if self.nodes.exists(kind, key) else self._gone(kind, key) from error
         except (Damage, OSError) as error:
             raise self._refused(kind, key, error) from error
 
@@ -106,8 +109,8 @@ class Store:
             if full or kind == "sets":
                 _check(kind, key, self.nodes.read(kind, key, _files(kind)))
             else:
-                size = self.nodes.size(kind, key, encoding.chunk_name(kind))
-                encoding.parse_header(self._zarr_json(kind, key), kind, key, size)
+                zarr_json = self._zarr_json(kind, key)
+                encoding.parse_header(zarr_json, kind, key, self.nodes.size(kind, key, encoding.chunk_name(kind)))
         except FileNotFoundError as error:
             return f"it has no {Path(error.filename).name}" if self.nodes.exists(kind, key) else None
         except OSError as error:
@@ -139,9 +142,12 @@ class Store:
             raise StoreError(f"a key of kind {key_object['kind']!r} cannot name an entry of kind {kind!r}")
         key = key_of(key_object)
         with self._told(kind, key, 0):
-            if self.has(_known(kind), key) and (self.examine(kind, key) is None or not self.withdraw(kind, key)):
-                self.nodes.confirm(kind)
-                return key
+            while self.nodes.exists(_known(kind), key):  # again: a repair may have taken it away while we looked
+                if self.examine(kind, key) is not None and self.withdraw(kind, key):
+                    break
+                if self.has(kind, key):
+                    self.nodes.confirm(kind)
+                    return key
         self.publish_node(kind, key, encoding.build(kind, key_object, array, made, self.codec))
         return key
 
@@ -202,7 +208,7 @@ class Store:
 
     def sets(self) -> list[SetRecord]:
         """Read every set -> records, newest first. StoreError for a damaged one."""
-        records = [record for key in self._scan("sets") if (record := self._read_set(key)) is not None]
+        records = [record for key in self._scan("sets") if (record := self.read_set(key)) is not None]
         return sorted(records, key=lambda record: (record.at, record.key), reverse=True)
 
     def set_keys(self) -> set[str]:
@@ -215,14 +221,25 @@ class Store:
         One whose whole key is given is looked for again after a second: `gc` may be about to put it back.
         """
         if KEY.fullmatch(prefix):
-            if (record := self._read_set(prefix)) is not None:
+            if (record := self.read_set(prefix)) is not None:
                 return record
-            self.wait(_LOOK_AGAIN_SECONDS)
+            self.wait(LOOK_AGAIN_SECONDS)
         _, key = self.resolve(prefix, kinds=("sets",))
-        record = self._read_set(key)
+        record = self.read_set(key)
         if record is None:
             raise StoreError(f"{self._called('sets', key)} has just been removed.")
         return record
+
+    def read_set(self, key: str) -> SetRecord | None:
+        """Read the set of this key -> None where there is none; StoreError for a damaged one."""
+        try:
+            return parse_set(self._zarr_json("sets", key), key)
+        except FileNotFoundError as error:
+            if not self.nodes.exists("sets", key):
+                return None  # dropped since the scan
+            raise StoreError(f"{self._called('sets', key)} is damaged: it has no zarr.json. {_REPAIR}") from error
+        except (Damage, OSError) as error:
+            raise self._refused("sets", key, error) from error
 
     def missing(self, record: SetRecord, patient: bool = True) -> dict[str, list[str]]:
         """List what a set needs and the store lacks -> keys by kind, in the set's order; empty when complete.
@@ -232,7 +249,7 @@ class Store:
         """
         lacking = self._lacking(needs(record.body))
         if lacking and patient:
-            self.wait(_LOOK_AGAIN_SECONDS)
+            self.wait(LOOK_AGAIN_SECONDS)
             lacking = self._lacking(lacking)
         return lacking
 
@@ -253,18 +270,8 @@ class Store:
 
     def _set_texts(self) -> Iterator[bytes]:
         for key in self._scan("sets"):
-            with suppress(OSError):  # damaged, or just dropped
+            with suppress(OSError, Damage):  # or just dropped
                 yield self._zarr_json("sets", key)
-
-    def _read_set(self, key: str) -> SetRecord | None:
-        try:
-            return parse_set(self._zarr_json("sets", key), key)
-        except FileNotFoundError as error:
-            if not self.nodes.exists("sets", key):
-                return None  # dropped since the scan
-            raise StoreError(f"{self._called('sets', key)} is damaged: it has no zarr.json. {_REPAIR}") from error
-        except (Damage, OSError) as error:
-            raise self._refused("sets", key, error) from error
 
     def _zarr_json(self, kind: str, key: str) -> bytes:
         return self.nodes.read(kind, key, ("zarr.json",))["zarr.json"]
@@ -277,6 +284,9 @@ class Store:
 
     def _called(self, kind: str, key: str) -> str:
         return f"{self.name}/{kind}/{key}"
+
+    def _gone(self, kind: str, key: str) -> StoreError:
+        return StoreError(f"{self._called(kind, key)} is missing. Run `relay encode`.")
 
     def _refused(self, kind: str, key: str, error: Damage | OSError) -> StoreError:
         if isinstance(error, OSError) and error.errno not in _BROKEN:
@@ -324,7 +334,8 @@ def open(
         try:
             nodes.create_folder(root)
         except OSError as error:
-            raise StoreError(f"{root} cannot be created: {error.strerror}.") from error
+            inside = f" It is made beside its place: name a folder in it, {root / 'store.zarr'}." * root.is_dir()
+            raise StoreError(f"{root} cannot be created: {error.strerror}.{inside}") from error
     nodes.check_folder(root)
     if mode == "a":
         try:

@@ -6,13 +6,14 @@ A pushed or pulled store is the same store: the very bytes are copied, so that b
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from flux2_relay.cache import encoding
 from flux2_relay.cache.audit import Fault, Progress
 from flux2_relay.cache.encoding import Damage
 from flux2_relay.cache.errors import RelayError
 from flux2_relay.cache.sets import SetRecord
-from flux2_relay.cache.store import KINDS, Store
+from flux2_relay.cache.store import KINDS, LOOK_AGAIN_SECONDS, Store
 
 _THREADS = 4
 _BATCH = 64
@@ -42,15 +43,18 @@ def copy(source: Store, target: Store, progress: Progress | None = None) -> Copi
     lacking = [(kind, key) for kind in KINDS for key in sorted(wanted[kind] - target.keys(kind))]
     faults: list[Fault] = []
     stored_bytes = 0
+    collected = 0
     for done, (name, size) in enumerate(_copy_all(source, target, lacking), start=1):
-        if isinstance(size, str):
+        if size is None:
+            collected += 1
+        elif isinstance(size, str):
             faults.append(Fault(kind=name[0], key=name[1], reason=size, repaired=False))
         else:
             stored_bytes += size
         if progress is not None:
             progress(done, len(lacking))
     return Copied(
-        entries=len(lacking) - len(faults),
+        entries=len(lacking) - len(faults) - collected,
         sets=sets,
         stored_bytes=stored_bytes,
         present=sum(map(len, wanted.values())) - len(lacking),
@@ -68,20 +72,30 @@ def _copy_sets(records: list[SetRecord], target: Store) -> int:
 
 def _copy_all(
     source: Store, target: Store, names: list[tuple[str, str]]
-) -> Iterator[tuple[tuple[str, str], int | str]]:
+) -> Iterator[tuple[tuple[str, str], int | str | None]]:
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(names), _BATCH):
             batch = names[start : start + _BATCH]
             yield from zip(batch, pool.map(lambda name: _copy(source, target, *name), batch), strict=True)
 
 
-def _copy(source: Store, target: Store, kind: str, key: str) -> int | str:
-    """Copy one entry -> its size, or what is wrong with it."""
+def _read(source: Store, kind: str, key: str) -> dict[str, bytes]:
+    """Read an entry as its files; `gc` may be about to put it back."""
+    names = encoding.file_names(kind)
     try:
-        node = source.nodes.read(kind, key, encoding.file_names(kind))
+        return source.nodes.read(kind, key, names)
+    except FileNotFoundError:
+        source.wait(LOOK_AGAIN_SECONDS)
+        return source.nodes.read(kind, key, names)
+
+
+def _copy(source: Store, target: Store, kind: str, key: str) -> int | str | None:
+    """Copy one entry -> its size, or what is wrong with it, or None where `gc` has collected it meanwhile."""
+    try:
+        node = _read(source, kind, key)
         encoding.check_content(encoding.decode(node, kind, key))
     except FileNotFoundError as error:
-        return f"{error.filename} is not there"
+        return f"it has no {Path(error.filename).name}" if source.nodes.exists(kind, key) else None
     except OSError as error:
         raise RelayError(f"{source.name}/{kind}/{key} cannot be read: {error.strerror}.") from error
     except Damage as damage:

@@ -196,7 +196,8 @@ def _entry_rows(store: Store, records: Sequence[SetRecord], kinds: Sequence[str]
             try:
                 header = store.header(kind, key)
             except StoreError:
-                yield EntryRow(kind=kind, key=key, sets=sets)
+                if store.examine(kind, key, full=False) is not None:  # else `gc` has collected it
+                    yield EntryRow(kind=kind, key=key, sets=sets)
                 continue
             yield EntryRow(
                 kind=kind,

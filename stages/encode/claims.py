@@ -114,7 +114,9 @@ class Claims:
             except FileNotFoundError:  # whoever left last has taken the folder along
                 self._signed = -inf
                 self.sign()
-            except OSError:
+            except OSError:  # a full disk: a claim without a name would be waited for
+                with suppress(OSError):
+                    place.unlink()
                 return True
             else:
                 self._taken.append(key)

@@ -4,6 +4,7 @@ import errno
 import json
 import threading
 import time
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -12,10 +13,12 @@ import zarr
 from zarr.storage import ObjectStore
 
 from flux2_relay import cache
-from flux2_relay.cache import encoding, remote, transfer
+from flux2_relay.cache import durable, encoding, remote, transfer
 from flux2_relay.cache.audit import gc, stats, sweep, verify
 from flux2_relay.cache.errors import RelayError, StoreError
 from flux2_relay.cache.keys import key_of
+
+obstore = pytest.importorskip("obstore", reason="needs obstore, of the extra `remote`")
 
 RNG = np.random.default_rng(0)
 KEY = {"kind": "text", "dtype": "bfloat16", "caption": "a fox"}
@@ -140,6 +143,40 @@ def test_push_and_pull_give_the_same_store(store, url, tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("done", range(7))
+@pytest.mark.parametrize("to", ["bucket", "folder"])
+def test_a_copy_that_is_cut_off_goes_on(store, tmp_path, monkeypatch, to, done):
+    """Whatever it dies at, what is over there by then is whole, and the next one copies only the rest."""
+    home = cache.open(tmp_path / "home.zarr", "a")
+    text, latents, key = _fill(home)
+    target = store if to == "bucket" else cache.open(tmp_path / "away.zarr", "a")
+    monkeypatch.setattr(transfer, "_THREADS", 1)
+    calls = []
+
+    def dies(real):
+        def call(*arguments, **named):
+            calls.append(real)
+            if len(calls) > done:
+                raise KeyboardInterrupt
+            return real(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for what, name in ((durable, "write_and_sync"), (remote.Bucket, "create"), (remote.Bucket, "replace")):
+            patch.setattr(what, name, dies(getattr(what, name)))
+        with suppress(KeyboardInterrupt):
+            transfer.copy(home, target)
+    assert verify(target).faults == ()
+    there = len(target.keys("text")) + len(target.keys("latents"))
+    assert target.set_keys() == {key} or there == 0, "the set comes first: gc spares what it names"
+    gc(target, now=time.time())
+    found = transfer.copy(home, target)
+    assert (found.present, found.entries, found.faults) == (there, 2 - there, ())
+    assert (target.keys("text"), target.keys("latents"), target.set_keys()) == ({text}, {latents}, {key})
+    assert verify(target).faults == ()
+
+
 def test_what_is_damaged_does_not_travel(store, tmp_path):
     text, latents, _ = _fill(store)
     store.nodes.bucket.replace(f"text/{text}/c.0.0", b"rubbish")
@@ -247,6 +284,22 @@ def test_foreign_places_are_refused(url, store, monkeypatch):
     store.nodes.bucket.replace("zarr.json", json.dumps(root).encode())
     with pytest.raises(StoreError, match="of version 2; this program reads version 1"):
         cache.open(url)
+
+
+def test_a_bucket_that_cannot_create_only_is_refused(url, store, monkeypatch):
+    """Some imitations of S3 overwrite, others say that they cannot."""
+    real = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda objects, path, data, mode: real(objects, path, data, mode="overwrite"))
+    with pytest.raises(StoreError, match=r"overwrites what it is told to create only .* Encode into a folder"):
+        cache.open(url, "a")
+    assert cache.open(url).keys("text") == set()
+
+    def refuse(objects, path, data, mode):
+        raise obstore.exceptions.GenericError("If-None-Match is not implemented\nat length")
+
+    monkeypatch.setattr(obstore, "put", refuse)
+    with pytest.raises(StoreError, match=r"cannot be reached or used: If-None-Match is not implemented\."):
+        cache.open(url, "a")
 
 
 def test_a_reader_may_not_write(url, store):

@@ -10,7 +10,7 @@ import pytest
 from tiny.failing import FailingOs
 
 from flux2_relay import cache
-from flux2_relay.cache import durable
+from flux2_relay.cache import durable, encoding
 from flux2_relay.cache.audit import verify
 from flux2_relay.cache.errors import InputError, RelayError, StoreError
 from flux2_relay.cache.keys import key_of
@@ -186,11 +186,16 @@ def test_a_failed_skeleton_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_in_an_entrys_place_is_an_error_not_a_win(tmp_path):
+    """`publish` looks first and takes it away; this one came since."""
     store = cache.open(tmp_path / "s", "a")
-    (store.path / "text" / key_of({"x": 1})).write_bytes(b"x")
+    key, node = key_of({"x": 1}), encoding.build("text", {"x": 1}, ARRAY, {}, "zstd")
+    (store.path / "text" / key).write_bytes(b"x")
     with pytest.raises(RelayError, match="Not a directory"):
-        store.publish("text", {"x": 1}, ARRAY, {})
+        store.publish_node("text", key, node)
     assert [path.name for path in (store.path / "tmp").iterdir()] == ["zarr.json"]
+    assert (store.path / "text" / key).read_bytes() == b"x"
+    assert store.publish("text", {"x": 1}, ARRAY, {}) == key
+    np.testing.assert_array_equal(store.read("text", key).array, ARRAY)
 
 
 def test_a_rename_that_was_done_and_yet_failed_is_a_commit(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The store's plain behaviour: what is written, what is read, what is refused at the door."""
 
+import errno
 import hashlib
 import json
+import os
 import sys
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import zarr
 
 from flux2_relay import cache
+from flux2_relay.cache import durable
 from flux2_relay.cache.errors import InputError, StoreError
 from flux2_relay.cache.keys import key_of
 from flux2_relay.cache.store import KINDS
@@ -290,6 +293,20 @@ def test_an_unknown_attribute_is_ignored(store):
         metadata["attributes"]["future"] = 1
         path.write_text(json.dumps(metadata))
     np.testing.assert_array_equal(cache.open(store.path).read("masks", key).array, MASK)
+
+
+def test_a_folder_that_cannot_become_a_store_is_told_what_can(tmp_path, monkeypatch):
+    """A disk that is mounted there, or a folder that is ours in one that is not."""
+
+    def busy(*arguments):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(durable.os, "rename", busy)
+    with pytest.raises(StoreError, match=r"resource busy\. It is made beside its place: name a folder in it, .*zarr"):
+        cache.open(tmp_path, "a")
+    with pytest.raises(StoreError, match=r"cannot be created: Device or resource busy\.$"):
+        cache.open(tmp_path / "new", "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_appending_accepts_an_empty_folder_and_completes_a_partial_copy(tmp_path):

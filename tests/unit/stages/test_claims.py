@@ -1,5 +1,7 @@
 """What processes that fill one store tell each other: nothing is made twice, and nobody waits for the dead."""
 
+import errno
+import io
 import os
 import socket
 import subprocess
@@ -172,6 +174,23 @@ def test_a_folder_that_went_with_another_is_made_again(folder: Path) -> None:
         folder.rmdir()
         assert first.take("b") == ["b"]
         assert Claims(folder).others("b") == ["b"]
+
+
+def test_a_full_disk_leaves_no_claim_that_names_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a file fits where its content does not; the next one would wait for it for ten minutes."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(place: Path, mode: str) -> Full:
+        os.close(os.open(place, os.O_CREAT | os.O_EXCL))
+        return Full()
+
+    monkeypatch.setattr(module, "open", full, raising=False)
+    claims = Claims(folder)
+    assert claims.take(["a"]) == ["a"]
+    assert claims.others(["a"]) == Claims(folder).others(["a"]) == []
 
 
 def test_where_nothing_can_be_written_everybody_works_alone(tmp_path: Path) -> None:
