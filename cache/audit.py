@@ -253,8 +253,8 @@ class _Pins:
         for key in _names(self._store, "sets") - self._seen:
             try:
                 self._keys |= pinned(self._store.nodes.read("sets", key, ("zarr.json",))["zarr.json"])
-            except FileNotFoundError:
-                continue  # dropped since the scan; should it come back, it will be looked at
+            except (FileNotFoundError, Damage):
+                continue  # dropped since the scan, or a link to nothing; should it come back, it will be looked at
             self._seen.add(key)
         return self._keys
 

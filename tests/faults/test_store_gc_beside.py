@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny.project import relay
 
 from flux2_relay import cache
 from flux2_relay.cache import durable, nodes, transfer
-from flux2_relay.cache.audit import stats, verify
+from flux2_relay.cache.audit import gc, stats, sweep, verify
 from flux2_relay.cache.errors import StoreError
 
 ARRAY = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -150,6 +151,19 @@ def test_a_link_to_nothing_is_damage_that_is_mended(store, tmp_path, kind):
     assert verify(store).faults == ()
     assert (tmp_path / "gone").is_dir()
     assert not place.is_symlink()
+
+
+def test_a_set_that_is_a_link_to_nothing_stops_gc_but_no_encoder(store, tmp_path):
+    (key,) = _publish(store, 1)
+    place = store.path / "sets" / store.publish_set({"name": "a", "samples": [{"text": [key]}]}, {"at": "1"})
+    place.rename(tmp_path / "gone")
+    place.symlink_to(tmp_path / "nowhere", target_is_directory=True)
+    with pytest.raises(StoreError, match="is damaged: it is a link to nothing"):
+        gc(store, now=time.time())
+    assert store.keys("text") == {key}
+    store.set_aside("text", *_publish(store, 2))
+    assert sweep(store, now=time.time() + 2 * 24 * 3600) == 1
+    assert store.time_for_set("2") == "2"
 
 
 def test_a_linked_entry_is_one(store, tmp_path):
