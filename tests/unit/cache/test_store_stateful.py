@@ -55,7 +55,12 @@ class StoreMachine(RuleBasedStateMachine):
         key = self.store.publish(kind, {"number": number}, array, {"fill": float(fill)})
         self.arrays.setdefault((kind, key), array)
 
-    @rule(kind=KIND, number=SMALL, at=st.integers(0, 20), act=st.sampled_from(["publish", "remove", "set", "gc"]))
+    @rule(
+        kind=KIND,
+        number=SMALL,
+        at=st.integers(0, 20),
+        act=st.sampled_from(["publish", "remove", "set", "gc", "repair"]),
+    )
     def crash(self, kind, number, at, act):
         """The process dies at a call of the file system: nothing after it happens, no cleaning up either."""
         key_object, array = {"number": number}, np.full((number + 1, 2), 7, np.float32)
@@ -66,13 +71,18 @@ class StoreMachine(RuleBasedStateMachine):
             "remove": lambda: self.store.remove(kind, key) if key in before else None,
             "set": lambda: self.store.publish_set(body, {"at": "1"}),
             "gc": lambda: gc(self.store, now=0),
+            "repair": lambda: verify(self.store, repair=True),
         }
+        if act == "repair" and self.arrays.pop((kind, key), None) is not None:
+            (self.store.path / kind / key / "c.0.0").write_bytes(b"")
         with (
             mock.patch.object(durable, "os", FailingOs(at, Died(), from_then_on=True)),
             mock.patch.object(durable.shutil, "rmtree", side_effect=Died()),
             suppress(Died),
         ):
             acts[act]()
+        if act == "repair":  # by whoever comes next
+            verify(self.store, repair=True)
         there = {(of, name) for of in ("text", "masks", "latents") for name in self.store.keys(of)}
         if act == "publish" and (kind, key) in there:
             self.arrays.setdefault((kind, key), array)
@@ -80,6 +90,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.pins[key_of(body)] = {key}
         if act in ("remove", "gc"):
             self._check_only_these_went(there, {(kind, key)} if act == "remove" else self._garbage())
+        if act == "repair":
+            assert there == self.arrays.keys()
         assert verify(self.store).faults == ()
 
     def _check_only_these_went(self, there, allowed):
