@@ -21,6 +21,8 @@ from flux2_relay.stages.train.transformer import block_path, block_shapes, outer
 _ON_CPU, _ON_GPU = ((57, 2.5), (36, 4.2)), ((51, 2.5),)
 """What a block's backward pass holds beside inputs and kept tensors at the moments when that is most: arrays of
 [R, D], and dense copies of the largest matrix where weights are kept in another form than they are used."""
+_FEWER_IN_DOUBLE = 14
+"""Arrays of [R, D] that a double block's backward pass holds less than a single one's."""
 _ATTENTION_UNITS, _SCORES = 35, 4
 """Where attention is not fused: units beside the scores, and arrays as large as the scores of a chunk."""
 AHEAD = 1
@@ -65,11 +67,9 @@ def parts(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: int
     work, dense = _work_bytes(spec, load, bits, heads or spec.heads, pieces)
     found = {
         "weights": weights,
-        # The most is held in the first single block: itself and, being read, double ones. On a GPU pieces under way
-        # may still need the block before.
         "blocks on their way": 0
         if resident == spec.blocks
-        else sizes[-1] * (2 if memory.is_gpu() else 1) + AHEAD * (max(sizes) + _packing_bytes(spec, load, bits)),
+        else _on_their_way(spec, sizes, unit) + AHEAD * _packing_bytes(spec, load, bits),
         "dense copies": dense,
         "adapter, gradients, moments": load.adapter_copies * load.adapter_bytes,
         "block inputs": spec.blocks * unit,
@@ -77,6 +77,20 @@ def parts(spec: TransformerSpec, load: Load, bits: int, resident: int, keep: int
         "one block's work": max(work, _OPTIMIZER_COPIES * load.adapter_bytes - spec.blocks * unit),
     }
     return {**found, PREVIEWS: _beyond_steps(spec, [load], found)}
+
+
+def _on_their_way(spec: TransformerSpec, sizes: Sequence[int], unit: int) -> int:
+    """Blocks that are worked on and read at the moment of the most: in the first single block, or in a double one.
+
+    In the first single block the next one is a double one. Where that is followed by another, two of these are there,
+    but the inputs of single blocks have gone and less is worked on. On a GPU pieces under way may still need the block
+    before.
+    """
+    copies, double = (2 if memory.is_gpu() else 1), max(sizes)
+    in_single = copies * sizes[-1] + AHEAD * double
+    if spec.double_blocks < 2:
+        return in_single
+    return max(in_single, (copies + AHEAD) * double - (_FEWER_IN_DOUBLE + spec.single_blocks) * unit)
 
 
 def parts_together(
