@@ -5,32 +5,47 @@ from pathlib import Path
 from typing import Any
 
 from flux2_relay.pipeline.import_rules import (
-    DTYPES,
-    OPTIMIZERS,
-    SCHEDULES,
     Carried,
     NotCarried,
     Rule,
     Tree,
     apply,
+    left_out,
+    only,
+    passed_over,
+    under,
+    unless_off,
+)
+from flux2_relay.pipeline.import_values import (
+    BUDGET,
+    DTYPES,
+    KERNELS,
+    NO_SUCH,
+    NO_UPLOAD,
+    OPTIMIZERS,
+    PICTURES_ONLY,
+    SCHEDULES,
     area,
     choice,
     size,
-    unless,
 )
 
-_ALWAYS = "always done here"
-_BUDGET = "memory.budget decides what stays in memory; `relay plan` says it"
-_OTHERS = "there is no such loss or method here"
-_PICTURES = "pictures only"
-_DECIDES = "train.dtype and memory.bits decide the arithmetic"
+_SATELLITES = (  # they say more of switches that are told themselves
+    *("train_refiner", "show_turbo_outputs", "batch_noise_correction_scale", "signal_amplification_strength"),
+    *("short_and_long_captions_encoder_split", "match_adapter_assist", "match_adapter_chance", "cfg_scale"),
+    *("inverted_mask_prior_multiplier", "max_cfg_scale", "cfg_rescale", "correct_pred_norm_multiplier"),
+    *("t0_velocity_equiv_weight", "do_fft_velocity_equiv_weight", "target_norm_std_value", "guidance_loss_target"),
+    *("paramiter_swapping_factor", "latent_feature_loss_weight", "diffusion_feature_extractor_weight"),
+    *("do_guidance_loss_cfg_zero", "guidance_loss_schedule", "unconditional_prompt", "audio_loss_multiplier"),
+)
+_ARITHMETIC = "train.dtype and memory.bits decide the arithmetic"
+_ENCODED_ONCE = "captions are encoded once, as they are written"
+_PREPARE = "pictures are trained on as they are: prepare them before"
+_OTHER_MODELS = "only FLUX.2 is trained here"
 _TIMESTEPS = {"sigmoid": "logit_normal", "linear": "uniform", "shift": "flux2_shift", "flux_shift": "flux2_shift"}
 _TRAINERS = "sd_trainer", "diffusion_trainer", "ui_trainer"
 _ARCHITECTURES = {"flux2": "dev", "flux2_klein_4b": "klein-base-4b", "flux2_klein_9b": "klein-base-9b"}
-
-
-def _no(why: str, *keys: str) -> tuple[Rule, ...]:
-    return tuple(Rule(key, None, remark=why) for key in keys)
+_BITS = {True: 8, False: 16}
 
 
 def _folders(_: object, here: Tree) -> list[str]:
@@ -43,9 +58,11 @@ def _folders(_: object, here: Tree) -> list[str]:
 def _patterns(value: object, _: Tree) -> list[str]:
     """Parts of module names, where these are names that this program has, too."""
     parts = value if isinstance(value, list) else [value]
+    if not parts:
+        raise NotCarried("")
     names = [str(part).removeprefix("transformer.") for part in parts]
     ours = ("transformer_blocks", "single_transformer_blocks")
-    if not names or not all(name.startswith(ours) for name in names):
+    if not all(name.startswith(ours) for name in names):
         raise NotCarried("these name modules as that tool does; write patterns into lora.targets or lora.exclude")
     return [f"{name.rstrip('.')}.*" if name.rstrip(".")[-1].isdigit() else f"*{name}*" for name in names]
 
@@ -68,6 +85,10 @@ def _full_rank(value: object, here: Tree) -> object:
     raise NotCarried("the larger matrix is whole where lora.rank is at least half its side" if is_meant else "")
 
 
+def _mask_floor(_: object, here: Tree) -> object:
+    raise NotCarried("white is trained on, black is not" if here.get("mask_path") or here.get("alpha_mask") else "")
+
+
 def _trains(value: object, _: Tree) -> object:
     raise NotCarried("" if value in _TRAINERS else "only training is carried over")
 
@@ -79,120 +100,198 @@ def _timesteps(value: object, here: Tree) -> object:
     return choice({**_TIMESTEPS}, "this distribution of noise levels is not here")(value, here)
 
 
-def _quantized(bits: int) -> Mapping[object, object]:
-    return {True: bits, False: 16}
-
-
-NETWORK = (
-    Rule("network.type", "lora.kind", choice({"lora": "lora", "lokr": "lokr"}, "lora.kind is lora, dora or lokr")),
-    Rule("network.linear", "lora.rank"),
-    Rule("network.linear_alpha", "lora.alpha"),
-    Rule("network.dropout", "lora.dropout"),
-    Rule("network.pretrained_lora_path", "lora.init"),
-    Rule("network.network_kwargs.only_if_contains", "lora.targets", _patterns),
-    Rule("network.network_kwargs.ignore_if_contains", "lora.exclude", _patterns),
-    *_no("a FLUX.2 transformer has no convolutions", "network.conv", "network.conv_alpha"),
-    Rule("network.lokr_factor", "lora.factor", _factor),
-    Rule("network.lokr_full_rank", "", _full_rank),
-    *_no(_OTHERS, "network.network_kwargs.*"),
+NETWORK = under(
+    "network",
+    Rule("type", "lora.kind", choice({"lora": "lora", "lokr": "lokr"}, "lora.kind is lora, dora or lokr")),
+    Rule("linear", "lora.rank"),
+    Rule("rank", "lora.rank"),
+    Rule("linear_alpha", "lora.alpha"),
+    Rule("alpha", "lora.alpha"),
+    Rule("dropout", "lora.dropout"),
+    Rule("pretrained_lora_path", "lora.init"),
+    Rule("network_kwargs.only_if_contains", "lora.targets", _patterns),
+    Rule("network_kwargs.ignore_if_contains", "lora.exclude", _patterns),
+    Rule("lokr_factor", "lora.factor", _factor),
+    Rule("lokr_full_rank", "", _full_rank),
+    *left_out("a FLUX.2 transformer has no convolutions", "conv", "conv_alpha"),
+    *only(True, "adapters are on the transformer alone", "transformer_only"),
+    *passed_over("split_multistage_loras"),
+    *unless_off(BUDGET, "layer_offloading"),
+    *unless_off(NO_SUCH, "lorm", "old_lokr_format", "all_layers"),
+    *left_out(NO_SUCH, "network_kwargs.*"),
 )
-DATA = (
-    Rule("datasets.*.folder_path", "data.*.path"),
-    Rule("datasets.*.dataset_path", "data.*.path"),
-    Rule("datasets.*.resolution", "data.*.resolutions", area),
-    Rule("datasets.*.num_repeats", "data.*.repeats"),
-    Rule("datasets.*.trigger_word", "data.*.trigger"),
-    Rule("datasets.*.mask_path", "data.*.masks"),
-    Rule("datasets.*.alpha_mask", "data.*.masks", choice({True: "alpha"}, "")),
-    Rule("datasets.*.control_path", "data.*.references", _folders),
-    *(Rule(f"datasets.*.control_path_{n}", "data.*.references", _folders) for n in (1, 2, 3)),
-    Rule("datasets.*.is_reg", "data.*.prior"),
-    Rule("datasets.*.prior_reg", "data.*.prior"),
-    Rule("datasets.*.flip_x", "data.*.flip"),
-    Rule("datasets.*.random_crop", "data.*.crop", choice({True: "random", False: "center"})),
-    Rule("datasets.*.caption_dropout_rate", "train.caption_dropout", remark="one for all data here"),
-    Rule("datasets.*.caption_ext", "", unless("txt", "captions are read from .txt files: rename them")),
-    Rule("datasets.*.buckets", "", unless(True, "pictures are always put in buckets of their shape")),
-    Rule("datasets.*.flip_y", "", unless(False, "pictures are mirrored from side to side alone")),
-    Rule("datasets.*.shuffle_tokens", "", unless(False, "captions are encoded once, as they are written")),
-    Rule("datasets.*.network_weight", "", unless(1, "an adapter has one strength; repeats weigh folders")),
-    *_no("", *(f"datasets.*.{name}" for name in ("cache_latents_to_disk", "cache_latents", "cache_text_embeddings"))),
-    *_no("every picture needs a caption (an empty file is one)", "datasets.*.default_caption"),
-    *_no("white is trained on, black is not", "datasets.*.mask_min_value"),
-    *_no(_PICTURES, *(f"datasets.*.{n}" for n in ("num_frames", "shrink_video_to_frames", "fps", "do_i2v"))),
-    *_no("captions are encoded once, as they are written", "datasets.*.keep_tokens", "datasets.*.token_dropout_rate"),
-    *_no("repeats weigh folders", "datasets.*.loss_multiplier", "datasets.*.lora_weight"),
-    *_no("no noise is added to references or masks", "datasets.*.controls", "datasets.*.standardize_images"),
+DATA = under(
+    "datasets.*",
+    Rule("folder_path", "data.*.path"),
+    Rule("dataset_path", "data.*.path"),
+    Rule("resolution", "data.*.resolutions", area),
+    Rule("num_repeats", "data.*.repeats"),
+    Rule("trigger_word", "data.*.trigger"),
+    Rule("mask_path", "data.*.masks"),
+    Rule("alpha_mask", "data.*.masks", choice({True: "alpha"}, "")),
+    Rule("control_path", "data.*.references", _folders),
+    *(Rule(f"control_path_{n}", "data.*.references", _folders) for n in (1, 2, 3)),
+    Rule("is_reg", "data.*.prior"),
+    Rule("prior_reg", "data.*.prior"),
+    Rule("flip_x", "data.*.flip"),
+    Rule("random_crop", "data.*.crop", choice({True: "random", False: "center"})),
+    Rule("batch_size", "train.batch", remark="one for all data here"),
+    Rule("caption_dropout_rate", "train.caption_dropout", remark="one for all data here"),
+    *only("txt", "captions are read from .txt files: rename them", "caption_ext"),
+    *only(True, "pictures are always put in buckets of their shape", "buckets"),
+    *only(1, "an adapter has one strength; repeats weigh folders", "network_weight"),
+    *only("image", PICTURES_ONLY, "type"),
+    *only(64, "buckets are in steps of 16 pixels", "bucket_tolerance"),
+    *only(1, "data.*.resolutions says how large pictures are", "scale"),
+    *passed_over("cache_latents_to_disk", "cache_latents", "cache_text_embeddings", "cache_tensors_to_disk"),
+    *passed_over("cache_clip_vision_to_disk", "load_image_when_caching_latents", "fast_image_size", "debug"),
+    *passed_over("num_workers", "prefetch_factor", "cache_latents_num_workers", "replay_transforms"),
+    *unless_off("pictures are mirrored from side to side alone", "flip_y"),
+    *unless_off("every picture needs a caption (an empty file is one)", "default_caption"),
+    Rule("mask_min_value", "", _mask_floor),
+    *unless_off("white is trained on, black is not", "invert_mask"),
+    *unless_off(_ENCODED_ONCE, "shuffle_tokens", "keep_tokens", "token_dropout_rate", "replacements"),
+    *unless_off(_ENCODED_ONCE, "random_triggers", "use_short_captions", "caption_type"),
+    *passed_over("random_triggers_max", "shuffle_augmentations", "clip_image_shuffle_augmentations"),
+    *unless_off(_PREPARE, "random_scale", "augments", "augmentations", "square_crop", "poi", "standardize_images"),
+    *left_out("repeats weigh folders", "loss_multiplier", "lora_weight"),
+    *unless_off("data.*.references names folders of references", "control_from_same_folder", "controls"),
+    *passed_over("num_controls_from_same_folder"),
+    *left_out("references keep their own area budget", "full_size_control_images"),
+    *left_out(_PREPARE, "control_transparent_color"),
+    *unless_off(NO_SUCH, "inpaint_path", "unconditional_path", "clip_image_path", "clip_image_from_same_folder"),
+    *unless_off(NO_SUCH, "clip_image_augmentations", "diff_output_preservation", "extra_values"),
+    *passed_over("diff_output_preservation_class", "guidance_type"),
+    *only(1, PICTURES_ONLY, "num_frames"),
+    *unless_off(PICTURES_ONLY, "do_i2v", "auto_frame_count", "do_audio"),
+    *passed_over("shrink_video_to_frames", "fps", "trim_auto_frame_count_tail"),
+    *passed_over("audio_preserve_pitch", "audio_normalize"),
 )
-TRAIN = (
-    Rule("train.batch_size", "train.batch"),
-    Rule("train.steps", "train.steps"),
-    Rule("train.gradient_accumulation", "train.accumulate"),
-    Rule("train.gradient_accumulation_steps", "train.accumulate"),
-    Rule("train.lr", "train.lr"),
-    Rule("train.lr_scheduler", "train.schedule", choice(SCHEDULES)),
-    Rule("train.lr_scheduler_params.num_warmup_steps", "train.warmup"),
-    Rule("train.lr_scheduler_params.warmup_steps", "train.warmup"),
-    Rule("train.optimizer", "train.optimizer", choice(OPTIMIZERS), "its moments are float32 here, never 8 bit"),
-    Rule("train.optimizer_params.weight_decay", "train.weight_decay"),
-    Rule("train.optimizer_params.betas", "train.betas"),
-    Rule("train.optimizer_params.eps", "train.eps"),
-    Rule("train.max_grad_norm", "train.clip"),
-    Rule("train.timestep_type", "train.sigma", _timesteps),
-    Rule("train.content_or_style", "train.sigma", choice({"content": "content", "style": "style"}, "")),
-    Rule("train.dtype", "train.dtype", choice({**DTYPES, "fp16": "bfloat16"})),
-    Rule("train.ema_config.ema_decay", "train.ema", _ema),
-    Rule("train.seed", "run.seed"),
-    Rule("train.disable_sampling", "previews.every", choice({True: 0}, "")),
-    Rule("train.reg_weight", "train.prior_weight"),
-    Rule("train.train_unet", "", unless(True, "the transformer is what is trained")),
-    Rule("train.train_text_encoder", "", unless(False, "the text encoder is never trained")),
-    Rule("train.noise_scheduler", "", unless("flowmatch", "FLUX.2 is trained by flow matching alone")),
-    Rule("train.loss_type", "", unless("mse", "the loss is the mean squared error")),
-    Rule("train.linear_timesteps", "", unless(False, "set train.sigma: uniform and train.weighting")),
-    *_no("", "train.ema_config.use_ema", "train.gradient_checkpointing", "train.cache_text_embeddings"),
-    *_no("", "train.unload_text_encoder", "train.skip_first_sample", "train.force_first_sample"),
-    *_no(_OTHERS, "train.diff_output_preservation", "train.diff_output_preservation_multiplier"),
-    *_no(_OTHERS, "train.diff_output_preservation_class", "train.blank_prompt_preservation"),
-    *_no(_OTHERS, "train.blank_prompt_preservation_multiplier", "train.switch_boundary_every"),
-    *_no("train.guidance is what a guidance-distilled model is told", "train.bypass_guidance_embedding"),
+TRAIN = under(
+    "train",
+    Rule("batch_size", "train.batch"),
+    Rule("steps", "train.steps"),
+    Rule("gradient_accumulation", "train.accumulate"),
+    Rule("gradient_accumulation_steps", "train.accumulate"),
+    Rule("lr", "train.lr"),
+    Rule("unet_lr", "train.lr"),
+    Rule("lr_scheduler", "train.schedule", choice(SCHEDULES)),
+    Rule("lr_scheduler_params.num_warmup_steps", "train.warmup"),
+    Rule("lr_scheduler_params.warmup_steps", "train.warmup"),
+    Rule("optimizer", "train.optimizer", choice(OPTIMIZERS), "its moments are float32 here, never 8 bit"),
+    Rule("optimizer_params.weight_decay", "train.weight_decay"),
+    Rule("optimizer_params.betas", "train.betas"),
+    Rule("optimizer_params.eps", "train.eps"),
+    Rule("max_grad_norm", "train.clip"),
+    Rule("timestep_type", "train.sigma", _timesteps),
+    Rule("content_or_style", "train.sigma", choice({"content": "content", "style": "style"}, "")),
+    Rule("dtype", "train.dtype", choice({**DTYPES, "fp16": "bfloat16"})),
+    Rule("ema_config.ema_decay", "train.ema", _ema),
+    Rule("seed", "run.seed"),
+    Rule("disable_sampling", "previews.every", choice({True: 0}, "")),
+    Rule("reg_weight", "train.prior_weight"),
+    Rule("prompt_dropout_prob", "train.caption_dropout"),
+    *only(True, "the transformer is what is trained", "train_unet"),
+    *only("flowmatch", "FLUX.2 is trained by flow matching alone", "noise_scheduler"),
+    *only("mse", "the loss is the mean squared error", "loss_type"),
+    *only("noise", "the loss is that of the velocity", "loss_target"),
+    *only(0, "noise levels are drawn from all of them", "min_denoising_steps"),
+    *only(999, "noise levels are drawn from all of them", "max_denoising_steps"),
+    *only(1000, "noise levels are drawn from all of them", "num_train_timesteps"),
+    *only(1, NO_SUCH, "noise_multiplier", "target_noise_multiplier", "signal_correction_noise_scale"),
+    *only(1, NO_SUCH, "img_multiplier", "noisy_latent_multiplier", "latent_multiplier", "pred_scaler"),
+    *only(1, NO_SUCH, "optimal_noise_pairing_samples", "ema_config.param_multiplier"),
+    *unless_off("the text encoder is never trained", "train_text_encoder"),
+    *unless_off("set train.sigma: uniform and train.weighting", "linear_timesteps", "linear_timesteps2"),
+    *passed_over("ema_config.use_ema", "use_ema", "gradient_checkpointing", "cache_text_embeddings"),
+    *passed_over("unload_text_encoder", "skip_first_sample", "force_first_sample", "max_loss_debug"),
+    *passed_over("text_encoder_lr", "refiner_lr", "embedding_lr"),
+    *passed_over("adapter_lr", "adapter_assist_type", "max_negative_prompts", "next_sample_timesteps"),
+    *left_out(KERNELS, "xformers", "sdp", "attention_backend"),
+    *left_out("a run goes on by itself from its newest checkpoint", "start_step"),
+    *left_out("relay merge makes a base of an adapter", "merge_network_on_save", "merge_network_on_save_strength"),
+    *unless_off(NO_SUCH, "diff_output_preservation", "blank_prompt_preservation", "do_differential_guidance"),
+    *passed_over("diff_output_preservation_multiplier", "diff_output_preservation_class"),
+    *passed_over("blank_prompt_preservation_multiplier", "differential_guidance_scale"),
+    *unless_off(NO_SUCH, "min_snr_gamma", "snr_gamma", "learnable_snr_gos", "noise_offset", "weight_jitter"),
+    *unless_off(
+        NO_SUCH, "random_noise_multiplier", "random_noise_shift", "match_noise_norm", "do_cfg", "do_random_cfg"
+    ),
+    *unless_off(NO_SUCH, "single_item_batching", "standardize_images", "standardize_latents", "dynamic_noise_offset"),
+    *unless_off(NO_SUCH, "correct_pred_norm", "t0_loss_target", "do_fft_loss", "do_prior_divergence", "free_u"),
+    *unless_off(NO_SUCH, "inverted_mask_prior", "do_guidance_loss", "do_blank_stabilization", "max_loss"),
+    *unless_off(NO_SUCH, "force_consistent_noise", "blended_blur_noise", "target_norm_std", "ema_config.use_feedback"),
+    *unless_off(NO_SUCH, "do_paramiter_swapping", "adapter_assist_name_or_path", "short_and_long_captions"),
+    *unless_off(NO_SUCH, "latent_feature_extractor_path", "diffusion_feature_extractor_path", "negative_prompt"),
+    *unless_off(NO_SUCH, "train_turbo", "do_signal_correction_noise", "do_batch_noise_correction"),
+    *unless_off(NO_SUCH, "do_signal_amplification", "adaptive_scaling_factor", "prompt_saturation_chance"),
+    *only(1, "one transformer, no stages", "switch_boundary_every"),
+    *passed_over(*_SATELLITES),
+    *left_out("validation.fraction holds a share of the data out", "validation_config", "validation_config.*"),
+    *left_out("train.guidance is what a guidance-distilled model is told", "bypass_guidance_embedding"),
 )
-MODEL = (
-    Rule("model.name_or_path", "model.path"),
-    Rule("model.arch", "model.name", choice({**_ARCHITECTURES}, "only FLUX.2 is trained here")),
-    Rule("model.quantize", "memory.bits", choice(_quantized(8)), "affine groups here"),
-    Rule("model.quantize_te", "encode.bits", choice(_quantized(8)), "affine groups here"),
-    Rule("model.lora_path", "lora.init"),
-    Rule("model.qtype", "", unless("qfloat8", "say memory.bits: 8, 6 or 4")),
-    Rule("model.qtype_te", "", unless("qfloat8", "say encode.bits: 8, 6 or 4")),
-    *_no(_BUDGET, "model.low_vram", "model.layer_offloading", "model.layer_offloading_text_encoder_percent"),
-    *_no(_BUDGET, "model.layer_offloading_transformer_percent"),
-    *_no(_DECIDES, "model.dtype", "model.compile"),
-    *_no("", "model.is_flux", "model.model_kwargs.*", "model.model_kwargs"),
-    *_no("a base model needs no adapter to be trained", "model.assistant_lora_path"),
+MODEL = under(
+    "model",
+    Rule("name_or_path", "model.path"),
+    Rule("arch", "model.name", choice({**_ARCHITECTURES}, _OTHER_MODELS)),
+    Rule("vae_path", "model.vae"),
+    Rule("te_name_or_path", "model.text_encoder"),
+    Rule("model_paths.text_encoder", "model.text_encoder"),
+    Rule("model_paths.vae", "model.vae"),
+    Rule("quantize", "memory.bits", choice({**_BITS}), "affine groups here"),
+    Rule("quantize_te", "encode.bits", choice({**_BITS}), "affine groups here"),
+    Rule("lora_path", "lora.init"),
+    *only("qfloat8", "say memory.bits: 8, 6 or 4", "qtype"),
+    *only("qfloat8", "say encode.bits: 8, 6 or 4", "qtype_te"),
+    *unless_off(BUDGET, "low_vram", "layer_offloading", "auto_memory", "split_model_over_gpus"),
+    *passed_over("layer_offloading_transformer_percent", "layer_offloading_text_encoder_percent"),
+    *passed_over("split_model_other_module_param_count_scale", "vae_device", "te_device"),
+    *left_out(_ARITHMETIC, "dtype", "vae_dtype", "te_dtype", "text_encoder_bits"),
+    *unless_off("quantized weights stay as they are", "accuracy_recovery_adapter", "quantize_kwargs"),
+    *unless_off(KERNELS, "compile", "block_compile", "attn_masking"),
+    *passed_over("compile_mode", "compile_fullgraph", "compile_dynamic", "cache_size_limit"),
+    *passed_over("is_flux", "refiner_start_at", "use_text_encoder_1"),
+    *passed_over("use_text_encoder_2", "latent_space_version", "extras_name_or_path", "unet_sample_size"),
+    *unless_off("references keep their own area budget", "model_kwargs.match_target_res"),
+    *left_out("another tool's switch", "model_kwargs.*"),
+    *unless_off(_OTHER_MODELS, *(f"is_{name}" for name in ("v2", "xl", "pixart", "pixart_sigma", "auraflow"))),
+    *unless_off(_OTHER_MODELS, *(f"is_{name}" for name in ("v3", "lumina2", "ssd", "vega", "v_pred"))),
+    *unless_off(_OTHER_MODELS, "experimental_xl", "unet_path", "refiner_name_or_path", "use_flux_cfg", "in_context"),
+    *left_out("write lora.targets and lora.exclude", "only_if_contains", "ignore_if_contains"),
+    *unless_off("a base model needs no adapter to be trained", "assistant_lora_path", "inference_lora_path"),
+    *unless_off("a base model needs no adapter to be trained", "unconditional_lora_path"),
 )
-SAVE = (
-    Rule("save.dtype", "save.dtype", choice({**DTYPES})),
-    Rule("save.save_every", "save.every"),
-    Rule("save.max_step_saves_to_keep", "save.keep"),
-    Rule("save.save_format", "", unless("diffusers", "the adapter has diffusers' names; `relay export` has others")),
-    *_no("nothing is uploaded by this program", "save.push_to_hub", "save.hf_repo_id", "save.hf_private"),
+SAVE = under(
+    "save",
+    Rule("dtype", "save.dtype", choice({**DTYPES})),
+    Rule("save_every", "save.every"),
+    Rule("max_step_saves_to_keep", "save.keep"),
+    *only("diffusers", "the adapter has diffusers' names; `relay export` has others", "save_format"),
+    *unless_off(NO_UPLOAD, "push_to_hub"),
+    *passed_over("hf_repo_id", "hf_private"),
 )
-SAMPLE = (
-    Rule("sample.sample_every", "previews.every"),
-    Rule("sample.width", "previews.size", size("width", "height")),
-    Rule("sample.height", "previews.size", size("width", "height")),
-    Rule("sample.seed", "previews.seed"),
-    Rule("sample.guidance_scale", "previews.guidance"),
-    Rule("sample.sample_steps", "previews.steps"),
-    *_no("", "sample.sampler", "sample.prompts", "sample.samples", "sample.neg", "sample.walk_seed"),
-    *_no("", "sample.sample_start_step", "sample.num_frames", "sample.fps"),
+SAMPLE = under(
+    "sample",
+    Rule("sample_every", "previews.every"),
+    Rule("width", "previews.size", size("width", "height")),
+    Rule("height", "previews.size", size("width", "height")),
+    Rule("seed", "previews.seed"),
+    Rule("guidance_scale", "previews.guidance"),
+    Rule("sample_steps", "previews.steps"),
+    *passed_over("sampler", "prompts", "samples", "neg", "walk_seed", "sample_start_step", "format"),
+    *passed_over("adapter_conditioning_scale", "refiner_start_at", "extra_values", "fps"),
+    *only(1, PICTURES_ONLY, "num_frames"),
+    *only(1, "previews are drawn at full strength; relay sample has --scale", "network_multiplier"),
+    *unless_off("guidance is written out plainly", "guidance_rescale", "do_cfg_norm"),
 )
 PROCESS = (
     Rule("training_folder", "run.dir", remark="the run folder is run.dir/run.name"),
+    Rule("training_seed", "run.seed"),
     Rule("type", "", _trains),
-    *_no("", "device", "performance_log_every", "sqlite_db_path", "trigger_word", "log_dir"),
-    *_no("metrics lie in the run folder", "logging.*"),
+    *passed_over("device", "performance_log_every", "sqlite_db_path", "trigger_word", "log_dir", "torch_profiler"),
+    *left_out("metrics lie in the run folder", "logging.*"),
+    *left_out(NO_SUCH, "adapter", "adapter.*", "decorator", "decorator.*", "embedding", "embedding.*", "slider.*"),
+    *left_out(NO_SUCH, "do_lorm", "guidance", "guidance.*", "first_sample", "first_sample.*"),
     *NETWORK, *DATA, *TRAIN, *MODEL, *SAVE, *SAMPLE,
 )  # fmt: skip
 

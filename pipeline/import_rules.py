@@ -5,10 +5,9 @@ value that our schema refuses is told, too, so that the config which comes out a
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.pipeline.commented import Line, checked, document
@@ -20,6 +19,10 @@ Tree = Mapping[str, object]
 class NotCarried(Exception):
     """Raised by a conversion: this value has no counterpart here, for the reason given."""
 
+
+_SECRET = re.compile(r"(token|api_key|secret|password)$")  # the new config may be shown to others
+
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*|^%\w+%")
 
 Convert = Callable[[object, Tree], object]
 """Their value and the mapping it stands in -> our value."""
@@ -37,7 +40,7 @@ class Rule:
     theirs: str
     """A dotted key; `*` stands for the number in a list and, at the end of a key without ours, for any rest."""
     ours: str | None
-    """Our dotted key with the same `*`; None carries nothing over, and `remark` says why; "" is for `unless`."""
+    """Our dotted key with the same `*`; None carries nothing over, and `remark` says why; "" where `convert` does."""
     convert: Convert = same
     remark: str = ""
     """Said beside the value, or why there is none; an empty remark of a key without ours passes in silence."""
@@ -72,11 +75,49 @@ class Carried:
 
     def leave(self, key: str, value: object, why: str) -> None:
         """Note what has no counterpart here."""
-        self.left.append(Left(key, _short(value), why))
+        self.left.append(Left(key, "(not repeated)" if _SECRET.search(key) else _short(value), why))
 
     def lines(self) -> list[Line]:
         """Our config, in the order of its sections."""
         return _ordered(self.values)
+
+
+# Words that tables are written in
+
+
+def under(branch: str, *rules: Rule) -> tuple[Rule, ...]:
+    """Rules for the keys of a branch, written without its name."""
+    return tuple(replace(rule, theirs=f"{branch}.{rule.theirs}") for rule in rules)
+
+
+def left_out(why: str, *keys: str) -> tuple[Rule, ...]:
+    """Keys without a counterpart, whatever they say."""
+    return tuple(Rule(key, None, remark=why) for key in keys)
+
+
+def passed_over(*keys: str) -> tuple[Rule, ...]:
+    """Keys that mean nothing here, or that are read elsewhere: nobody misses them."""
+    return left_out("", *keys)
+
+
+def only(expected: object, why: str, *keys: str) -> tuple[Rule, ...]:
+    """Keys of which one value is what happens here; the others are told."""
+    return tuple(Rule(key, "", _unless(lambda value: value == expected, why)) for key in keys)
+
+
+def unless_off(why: str, *keys: str) -> tuple[Rule, ...]:
+    """Keys without a counterpart that need no mention where they are off or empty."""
+    return tuple(Rule(key, "", _unless(lambda value: not value, why)) for key in keys)
+
+
+def _unless(is_met: Callable[[object], bool], why: str) -> Convert:
+    def convert(value: object, _: Tree) -> object:
+        raise NotCarried("" if is_met(value) else why)
+
+    return convert
+
+
+# The engine
 
 
 def apply(rules: Sequence[Rule], tree: Tree, carried: Carried) -> None:
@@ -85,7 +126,8 @@ def apply(rules: Sequence[Rule], tree: Tree, carried: Carried) -> None:
     for path, value, inside in _walk(tree, "", exact):
         rule = _rule(path, exact)
         if rule is None:
-            carried.leave(path, value, "this key is not known to the importer")
+            if value not in (None, {}, []):  # nothing was said
+                carried.leave(path, value, "this key is not known to the importer")
         elif rule.ours is None:
             if rule.remark:
                 carried.leave(path, value, rule.remark)
@@ -97,6 +139,8 @@ def _carry(rule: Rule, path: str, found: tuple[object, Tree], carried: Carried) 
     value, inside = found
     number = next(iter(re.findall(r"\.(\d+)(?:\.|$)", path)), "0")
     try:
+        if isinstance(value, str) and _VARIABLE.search(value):
+            raise NotCarried("a variable of the shell, whose value is not here: write it yourself")
         ours = (rule.ours or "").replace("*", number)
         said = f"{carried.tool}: {path.rpartition('.')[2]}" + (f"; {rule.remark}" if rule.remark else "")
         carried.put(ours, rule.convert(value, inside), said, path)
@@ -155,94 +199,3 @@ def _least(ours: str) -> dict[str, tuple[object, str]]:
 def _short(value: object) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-# Conversions that several tools share
-
-
-def choice(table: Mapping[object, object], otherwise: str = "there is nothing like it here") -> Convert:
-    """One of a few words (any case) for another."""
-
-    def convert(value: object, _: Tree) -> object:
-        key = value.lower() if isinstance(value, str) else value
-        if not isinstance(key, Hashable) or key not in table:
-            raise NotCarried(otherwise)
-        return table[key]
-
-    return convert
-
-
-def area(value: object, _: Tree) -> list[int]:
-    """A resolution, [W, H] or a list of resolutions -> area budgets R in steps of 16."""
-    sides = [side for side in (value if isinstance(value, list) else [value]) if isinstance(side, int | float)]
-    if not sides or not all(16 <= side <= 1 << 16 for side in sides):
-        raise NotCarried("this is no size in pixels")
-    return list(dict.fromkeys(round(side / 16) * 16 for side in sides))
-
-
-def rectangle(value: object, here: Tree) -> list[int]:
-    """[W, H] of one bucket -> the side of a square with its area."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int | float) for side in value):
-        return area((value[0] * value[1]) ** 0.5, here)
-    return area(value, here)
-
-
-def size(width: str, height: str, default: int = 512) -> Convert:
-    """Width and height that stand side by side, as one size in steps of 16."""
-
-    def convert(_: object, here: Tree) -> list[int]:
-        sides = [here.get(width, default), here.get(height, default)]
-        if not all(isinstance(side, int) and side >= 16 for side in sides):
-            raise NotCarried("this is no size in pixels")
-        return [round(int(str(side)) / 16) * 16 for side in sides]
-
-    return convert
-
-
-def unless(expected: object, why: str) -> Convert:
-    """For keys whose only value that means something here is `expected`: nothing to carry, or a reason."""
-
-    def convert(value: object, _: Tree) -> object:
-        raise NotCarried("" if value == expected else why)
-
-    return convert
-
-
-DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
-DTYPES |= {"fp32": "float32", "float32": "float32", "float": "float32"}
-OPTIMIZERS: Mapping[object, object] = {
-    **dict.fromkeys(("adamw", "adamw8bit", "adam8bit", "adam", "pagedadamw8bit", "pagedadamw"), "adamw"),
-    **dict.fromkeys(("lion", "lion8bit"), "lion"),
-    **dict.fromkeys(("adafactor",), "adafactor"),
-    **dict.fromkeys(("prodigy", "prodigy8bit"), "prodigy"),
-}
-SCHEDULES: Mapping[object, object] = {
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "cosine": "cosine",
-    "linear": "linear",
-}
-
-
-def pictures_in(folder: object) -> int:
-    """How many pictures a data folder holds here; 0 where it is not here."""
-    from flux2_relay.stages.encode.companions import is_image, walk
-
-    place = Path(str(folder)).expanduser()
-    try:
-        return sum(map(is_image, walk(place))) if place.is_dir() else 0
-    except OSError:
-        return 0
-
-
-def put_epochs(carried: Carried, key: str, epochs: object) -> None:
-    """A length in epochs as one in steps, where the pictures can be counted."""
-    values = {name: value for name, (value, _) in carried.values.items()}
-    numbers = {name.split(".")[1] for name in values if name.startswith("data.")}
-    counts = [pictures_in(values.get(f"data.{n}.path")) * int(str(values.get(f"data.{n}.repeats", 1))) for n in numbers]
-    passes = int(str(values.get("train.batch", 1))) * int(str(values.get("train.accumulate", 1)))
-    if not counts or not all(counts) or not isinstance(epochs, int):
-        carried.leave(key, epochs, "set train.steps: epochs x pictures / batch, no pictures are there to be counted")
-        return
-    steps = max(1, epochs * sum(counts) // passes)
-    carried.put("train.steps", steps, f"{carried.tool}: {key} {epochs} x {sum(counts)} pictures / {passes}")

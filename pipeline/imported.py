@@ -16,7 +16,7 @@ import click
 import yaml
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import commented, import_aitoolkit, import_mflux, import_musubi
+from flux2_relay.pipeline import commented, import_aitoolkit, import_flags, import_mflux, import_musubi
 from flux2_relay.pipeline.cache_commands import print_json
 from flux2_relay.pipeline.import_rules import Carried, Left
 from flux2_relay.pipeline.labels import entry
@@ -113,7 +113,7 @@ def _musubi(file: Path, text: str, tree: object, into: tuple[str | None, Carried
     if isinstance(tree, Mapping) and ("datasets" in tree or "general" in tree):
         data = tree
     else:
-        given = {**(tree if isinstance(tree, Mapping) else import_musubi.read_flags(text)), **given}
+        given = {**(tree if isinstance(tree, Mapping) else import_flags.read_flags(text)), **given}
         named = given.get("dataset_config")
         data = _dataset(file, str(named), carried) if named else None
     if isinstance(data, Mapping):
@@ -129,7 +129,7 @@ def _flags(flags: str) -> dict[str, object]:
     is_file = len(flags) < 1000 and "\n" not in flags and path.is_file()
     text = read_text(path) if is_file else flags
     tree = _parsed(text) if is_file else None
-    found = dict(tree) if isinstance(tree, Mapping) else import_musubi.read_flags(text)
+    found = dict(tree) if isinstance(tree, Mapping) else import_flags.read_flags(text)
     if not found:
         raise InputError(f"--flags: {flags!r} holds no flag such as --network_dim 32, and is no file that does")
     return {str(name): value for name, value in found.items()}

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny.project import relay
 
 from flux2_relay.cache.errors import InputError
-from flux2_relay.pipeline import imported
+from flux2_relay.pipeline import import_aitoolkit, import_mflux, import_musubi, imported
 from flux2_relay.pipeline.config import Config, flat, load_config
+from flux2_relay.pipeline.import_rules import Rule
+from flux2_relay.stages.encode.dataset import DataOptions
 
 FILES = Path(__file__).parent / "imports"
+TABLES = import_musubi.FLAGS, import_musubi.DATASETS, import_aitoolkit.PROCESS, import_mflux.RULES
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,20 @@ def values(config: Config, *keys: str) -> list[object]:
     return [flat(config)[key] for key in keys]
 
 
+@pytest.mark.parametrize("rules", TABLES)
+def test_a_table_has_one_rule_for_a_key(rules: tuple[Rule, ...]) -> None:
+    """Of two only the later one would be obeyed."""
+    keys = [rule.theirs for rule in rules]
+    assert not [key for key in keys if keys.count(key) > 1]
+
+
+@pytest.mark.parametrize("rules", TABLES)
+def test_what_is_carried_over_is_a_key_of_ours(rules: tuple[Rule, ...]) -> None:
+    config = flat(load_config(Path(__file__).parents[3] / "configs" / "nano.yaml"))
+    data = {f"data.*.{field.name}" for field in fields(DataOptions)}
+    assert {rule.ours for rule in rules if rule.ours} - {"data.0.resolutions"} <= set(config) | data
+
+
 # musubi-tuner
 
 
@@ -53,6 +72,35 @@ def test_musubis_data_set() -> None:
     assert edits.references == ("pictures/before",)
     assert config.train.batch == 2
     assert left == {f"datasets.{n}.cache_directory": left["datasets.0.cache_directory"] for n in (0, 1)}
+
+
+SCRIPT = """#!/bin/bash
+export DIT=/m/flux-2-klein-base-9b.safetensors
+ROOT="/m"
+TE=$ROOT/qwen/model-00001-of-00005.safetensors
+VAE=${MY_VAE:-/m/ae.safetensors}
+accelerate launch flux_2_train_network.py --dit "$DIT" --text_encoder ${TE} --vae "$VAE" --network_dim 8 \\
+  --network_module networks.lokr --network_args factor=8 "exclude_patterns=['x']" --output_dir "$SOMEWHERE" \\
+  --wandb_api_key abc123 --huggingface_token hf_abc123
+"""
+
+
+def test_a_script_fills_in_its_own_variables() -> None:
+    Path("mine.sh").write_text(SCRIPT)
+    config, left = translated("mine.sh")
+    assert values(config, "model.path", "model.text_encoder", "model.vae") == [
+        "/m/flux-2-klein-base-9b.safetensors", "/m/qwen", "/m/ae.safetensors",
+    ]  # fmt: skip
+    assert "variable of the shell" in left["output_dir"]
+    assert (config.lora.kind, config.lora.factor) == ("lokr", 8)
+    assert "lora.targets" in left["network_args"]
+
+
+def test_nothing_secret_goes_into_a_config() -> None:
+    Path("mine.sh").write_text(SCRIPT)
+    outcome = relay("import", "mine.sh", "-o", "ours.yaml")
+    assert "wandb_api_key = (not repeated)" in outcome.said
+    assert "abc123" not in outcome.said + Path("ours.yaml").read_text()
 
 
 def test_musubis_training_command_with_its_data_set_and_prompts() -> None:
@@ -185,6 +233,34 @@ def test_another_job_of_ai_toolkit_says_what_it_lacks() -> None:
     assert "config.process.1" in left
 
 
+OFF = """
+job: extension
+config:
+  process:
+  - type: diffusion_trainer
+    network: {type: lora, linear: 4, lokr_factor: -1, lokr_full_rank: true, network_kwargs: {ignore_if_contains: []}}
+    datasets: [{folder_path: here, mask_path: null, mask_min_value: 0.1, default_caption: '', controls: [],
+      network_weight: 1, num_frames: 1, shrink_video_to_frames: true, flip_y: false}]
+    train: {steps: 5, ema_config: {use_ema: false, ema_decay: 0.9}, optimizer_params: {}, loss_type: mse,
+      diff_output_preservation: false, diff_output_preservation_class: person, switch_boundary_every: 1}
+    model: {name_or_path: m, arch: flux2_klein_9b, low_vram: false, compile: false, model_kwargs: {}, vae_path: v}
+    sample: {num_frames: 1, fps: 1, neg: ''}
+"""
+
+
+def test_what_is_off_is_not_told() -> None:
+    """The forms that ai-toolkit's own page writes, which names every switch."""
+    Path("mine.yaml").write_text(OFF)
+    config, left = translated("mine.yaml")
+    assert not left
+    assert values(config, "lora.rank", "model.vae", "train.ema") == [4, "v", None]
+    Path("mine.yaml").write_text(
+        OFF.replace("low_vram: false", "low_vram: true").replace("flip_y: false", "flip_y: true")
+    )
+    _, left = translated("mine.yaml")
+    assert set(left) == {"model.low_vram", "datasets.0.flip_y"}
+
+
 # mflux
 
 
@@ -206,6 +282,28 @@ def test_mfluxs_json() -> None:
     assert config.lora.ranks == {f"single_transformer_blocks.{n}.attn.to_out": 8 for n in (3, 7)}
     assert "no linear" in left["lora_layers.targets.2"]
     assert "low_ram" in left
+
+
+def test_mfluxs_data_folder_holds_its_preview_prompts() -> None:
+    folder = Path("pictures")
+    folder.mkdir()
+    for name in ("fox.png", "preview_1.png", "a_in.png"):
+        Image.new("RGB", (16, 16)).save(folder / name)
+    (folder / "preview_1.txt").write_text("a fox\n")
+    (folder / "preview_2.txt").write_text("a dog")
+    Path("mine.json").write_text(json.dumps({"training_loop": {}, "data": "pictures", "model_path": "/m/klein"}))
+    config, left = translated("mine.json")
+    assert [of.prompt for of in config.previews.pictures()] == ["a fox", "a dog"]
+    assert config.model.path == "/m/klein"
+    assert "preview_1.png" not in left["data: preview*"]  # the reason, not the names
+    assert "folder of its own" in left["data: *_in.*"]
+
+
+def test_mfluxs_to_out_is_ours() -> None:
+    targets = [{"module_path": "transformer_blocks.{block}.attn.to_out", "blocks": {"indices": [0]}, "rank": 4}]
+    Path("mine.json").write_text(json.dumps({"model": "flux2-klein-base-4b", "lora_layers": {"targets": targets}}))
+    config, _ = translated("mine.json")
+    assert config.lora.targets == ("transformer_blocks.0.attn.to_out.0",)
 
 
 def test_all_linears_of_mflux_are_our_blocks() -> None:
