@@ -1,12 +1,10 @@
 """How much memory a stage may take: what the device recommends, or what the user says."""
 
-import ctypes
 import os
 from typing import Literal
 
 import mlx.core as mx
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 _SHARE = 0.9  # of what the device recommends: the rest is for buffers that MLX keeps and for the process itself
 
 
@@ -35,16 +33,3 @@ def is_cuda() -> bool:
 def is_gpu() -> bool:
     """Whether MLX computes on a GPU."""
     return mx.default_device() == mx.Device(mx.gpu)
-
-
-def keep_freed() -> None:
-    """Have the C library keep what is freed, for all threads alike: for blocks that come and go on a CPU.
-
-    Left to itself it gives a large array's pages back and asks for new ones, which the system clears, and each reading
-    thread has a heap of its own: a third of the processor's time in a block's reading. glibc only.
-    """
-    library = ctypes.CDLL(None)
-    if is_gpu() or not hasattr(library, "mallopt"):
-        return
-    for setting, value in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, 1 << 30), (_ARENA_MAX, 1)):
-        library.mallopt(setting, value)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from flux2_relay.stages import memory
 from flux2_relay.stages.quantize import Weight
 
 BlockWeights = Mapping[str, Weight]
@@ -57,7 +56,6 @@ class Streamed:
 
     def __init__(self, blocks: int, read: Reader, resident: int = 0, ahead: int = 1) -> None:
         """Read the resident blocks now."""
-        memory.keep_freed()
         self._read, self._ahead = read, ahead
         self._held = {place: read(place) for place in resident_places(blocks, resident)}
         self._pool = ThreadPoolExecutor(ahead, thread_name_prefix="blocks")
