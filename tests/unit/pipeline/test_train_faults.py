@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,9 +80,10 @@ def test_five_in_a_row_stop_the_run(encoded: Callable, monkeypatch: pytest.Monke
         breaking(patch, {2, *range(4, 9)}, "loss")
         outcome = project.relay("train")
     assert outcome.status == 1
-    assert "step 8: loss inf" in outcome.said
-    assert "5th such step in a row" in outcome.said
-    assert "the checkpoint of step 6" in outcome.said
+    (said,) = (line for line in outcome.said.splitlines() if "5th such step in a row" in line)
+    assert "step 8: loss inf" in said
+    assert ".png" in said, "the batch is named"
+    assert "the checkpoint of step 6" in said
     assert not (project.run / "adapter.safetensors").exists()
     assert project.relay("train").status == 0
     assert [line["loss"] is None for line in lines(project)] == [n in (2, 4, 5, 6) for n in range(1, 10)]
@@ -93,7 +95,16 @@ def test_the_count_of_skipped_steps_outlives_the_process(encoded: Callable, monk
     assert project.relay("train", "--max-steps", 4).status == 0
     outcome = project.relay("train")
     assert outcome.status == 1
-    assert "step 6: loss inf" in outcome.said
+    assert len(lines(project)) == 6, "three before, two behind"
+
+
+def test_every_pass_of_the_batch_is_named(encoded: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = encoded(**QUIET, train={"steps": 2, "batch": 1, "accumulate": 2})
+    breaking(monkeypatch, {1}, "loss")
+    outcome = project.relay("train")
+    assert outcome.status == 0, outcome.said
+    (said,) = (line for line in outcome.said.splitlines() if "the step was skipped" in line)
+    assert len(set(re.findall(r"\w+\.png", said))) == 2, said
 
 
 # Wishes

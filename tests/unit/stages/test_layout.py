@@ -1,8 +1,6 @@
 """The plan of training's memory against what MLX counts, and the decisions that follow from a budget."""
 
 import gc
-from collections.abc import Mapping
-from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -11,6 +9,7 @@ from math import prod
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny.streaming import Prompt
 
 from flux2_relay.cache.errors import InputError
 from flux2_relay.stages import quantize
@@ -21,7 +20,7 @@ from flux2_relay.stages.train.batches import Draw, Item, Loaded
 from flux2_relay.stages.train.layout import Layout
 from flux2_relay.stages.train.objective import Batch
 from flux2_relay.stages.train.options import LoraOptions, MemoryOptions, TrainOptions
-from flux2_relay.stages.train.residence import Resident, Streamed
+from flux2_relay.stages.train.residence import Resident
 from flux2_relay.stages.train.shared_base import shared
 from flux2_relay.stages.train.step import Asked, Terms, gradients_together
 from flux2_relay.stages.train.step_work import Load
@@ -58,15 +57,6 @@ def load_of(spec: TransformerSpec, options: LoraOptions = OPTIONS) -> Load:
         fused_attention=False,
         kind=options.kind,
     )
-
-
-class Prompt(Streamed):
-    """Reads that are done before the block in front of them is worked on: the most that is ever held."""
-
-    def weights(self, place: int) -> Mapping[str, quantize.Weight]:
-        found = super().weights(place)
-        wait([future for _, future in self._coming])
-        return found
 
 
 def random_model(spec: TransformerSpec, plan: Layout) -> Transformer:
