@@ -4,6 +4,7 @@ Nothing here takes a lock. Encoding publishes its set and then looks for what is
 out of sight and then looks for new sets. Whichever of the two came second sees the other.
 """
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,7 @@ from flux2_relay.cache.sets import SetRecord, needs, parse_set, pinned
 from flux2_relay.cache.store import KINDS, Store, is_whole
 
 _LEFTOVER_SECONDS = 24 * 3600  # no entry takes a day to write
-_THREADS = 4  # blosc and sha256 free the GIL
+_THREADS = 4  # blosc and sha256 free the GIL; a bucket keeps them waiting
 _BATCH = 256  # entries in flight, so that a million of them are not a million futures
 
 Progress = Callable[[int, int], None]
@@ -315,10 +316,12 @@ def _doomed_sets(records: list[SetRecord], keep: int | None, drop: Collection[st
 def _examine_all(
     store: Store, names: list[tuple[str, str]], full: bool
 ) -> Iterator[tuple[tuple[str, str], str | None]]:
-    if not full and isinstance(store.nodes, Folder):  # a few calls of the system each: threads would take twice as long
+    local = isinstance(store.nodes, Folder)
+    if not full and local:  # a few calls of the system each: threads would take twice as long
         yield from ((name, store.examine(*name, full=False)) for name in names)
         return
-    with ThreadPoolExecutor(_THREADS) as pool:
+    threads = min(_THREADS, os.cpu_count() or 1) if local else _THREADS  # more than cores are a fifth slower
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(names), _BATCH):
             batch = names[start : start + _BATCH]
             yield from zip(batch, pool.map(lambda name: store.examine(*name, full=full), batch), strict=True)

@@ -229,6 +229,7 @@ def test_a_damaged_entry_stops_the_step_that_needs_it_and_is_named(tmp_path: Pat
     with pytest.raises(StoreError) as refused:
         next(steps)
     assert key in str(refused.value)
+    assert "Run `relay cache verify --repair`, then `relay encode`." in str(refused.value)
 
 
 def test_leaving_early_leaves_no_thread_behind(shelf: Shelf) -> None:
