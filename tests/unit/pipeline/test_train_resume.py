@@ -191,6 +191,33 @@ def test_the_mean_is_saved_beside_and_exact_under_resume(encoded: Callable[..., 
     np.testing.assert_allclose(folded, 8 * mean, rtol=1e-5, atol=1e-9)  # alpha / rank
 
 
+def test_an_adapter_to_start_from_is_started_from_once(encoded: Callable[..., Project]) -> None:
+    """A resumed run goes on from its checkpoint, and the mean begins with that adapter, too."""
+    first = begun(encoded, train={"lr": 0.01})
+    init = first.run / "adapter.safetensors"
+    whole, broken = (
+        encoded(
+            previews=QUIET,
+            train={"steps": 3, "lr": 0.01, "ema": 0.9},
+            lora={"init": str(init), "rank": 2},
+            save={"every": 1, "keep": 9, "dtype": "float32"},
+        )
+        for _ in "ab"
+    )
+    assert whole.relay("train").status == 0
+    for _ in range(3):
+        assert broken.relay("train", "--max-steps", 1).status == 0
+    assert broken.metrics(*COLUMNS) == whole.metrics(*COLUMNS)
+    for name in ("adapter.safetensors", "adapter_ema.safetensors"):
+        assert_equal(broken.run / name, whole.run / name)
+    name = "transformer_blocks.0.attn.to_q.lora_B.weight"
+    begins = np.array(tensors(first.run / "checkpoints/000002/adapter.safetensors")[name])
+    after = np.array(tensors(whole.run / "checkpoints/000001/adapter.safetensors")[name])
+    mean = np.array(tensors(whole.run / "checkpoints/000001/ema.safetensors")[name])
+    np.testing.assert_allclose(mean, 0.1 * begins + 0.9 * after, rtol=1e-2, atol=1e-5)
+    assert not np.allclose(mean, 0.9 * after, rtol=1e-2, atol=1e-5)
+
+
 def test_without_a_decay_there_is_no_mean(encoded: Callable[..., Project]) -> None:
     project = begun(encoded)
     assert not (project.run / "adapter_ema.safetensors").exists()

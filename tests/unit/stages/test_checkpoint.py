@@ -180,6 +180,28 @@ def test_killed_in_the_middle_of_saving_leaves_the_one_before(
     assert [path.name for path in tmp_path.iterdir()] == ["000002"]
 
 
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_old_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, at(1), keep=1)
+    did: list[tuple[str, str]] = []
+
+    def noted(what: str, real):
+        def wrapped(path, *arguments, **named):
+            did.append((what, Path(path).name if Path(path).parent == tmp_path else "the folder"))
+            return real(path, *arguments, **named)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.durable, "sync_folder", noted("sync", checkpoint.durable.sync_folder))
+        patch.setattr(checkpoint.os, "rename", noted("rename", checkpoint.os.rename))
+        patch.setattr(checkpoint.shutil, "rmtree", noted("remove", checkpoint.shutil.rmtree))
+        checkpoint.save(tmp_path, at(2), keep=1)
+    aside = next(name for what, name in did if what == "rename")
+    assert did[-4:] == [("sync", aside), ("rename", aside), ("sync", "the folder"), ("remove", "000001")]
+
+
 def test_a_failing_disk_leaves_the_one_before_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, at(1), keep=1)
 
