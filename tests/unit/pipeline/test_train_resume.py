@@ -1,6 +1,7 @@
 """Resuming: what may change in the config and what may not, the mean of the adapter, the best checkpoint."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny.project import Project
 
 from flux2_relay.pipeline.config import flat, load_config
 from flux2_relay.stages import blas
-from flux2_relay.stages.train import checkpoint, resume
+from flux2_relay.stages.train import checkpoint, resume, running, validation
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "sigma")
 QUIET = {"every": 0, "prompts": ["a blue dog"]}
@@ -308,3 +309,61 @@ def test_held_out_pictures_are_not_trained_on(encoded: Callable[..., Project]) -
     assert dropping.relay("train").status == 0
     assert validations(dropping)[0] == validations(project)[0]
     assert dropping.metrics("grad_norm") != project.metrics("grad_norm")
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Held-out losses by step: those of a tiny run fall all the way, so that the last would always be the best."""
+    real, at = running.Run._validate, [0]
+
+    def noting(run: running.Run) -> None:
+        at[0] = run.done
+        real(run)
+
+    def loss(*_: object) -> validation.HeldOutLoss:
+        return validation.HeldOutLoss(losses[at[0]], (losses[at[0]],) * 5, 1)
+
+    monkeypatch.setattr(running.Run, "_validate", noting)
+    monkeypatch.setattr(validation.Validation, "loss", loss)
+
+
+def test_the_best_of_a_loss_that_rises_again_is_kept_and_marked(
+    encoded: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The untrained adapter never is it, nor a loss that is no number; saved at once though no checkpoint is due."""
+    scripted(monkeypatch, {0: 0.1, 2: math.nan, 4: 1.0, 6: 2.0, 8: 3.0})
+    project = held(encoded, steps=8)
+    assert project.relay("train").status == 0
+    folder = project.run / "checkpoints"
+    assert (folder / "best").read_text() == "000004\n"
+    assert [path.name for path in checkpoint.saved(folder)] == ["000004", "000008"]
+    assert [line["loss"] for line in validations(project)] == [0.1, None, 1.0, 2.0, 3.0]
+
+
+def test_a_resumed_run_knows_its_best(encoded: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, {0: 9.0, 2: 1.0, 4: 2.0, 6: 3.0})
+    project = held(encoded)
+    assert project.relay("train", "--max-steps", 3).status == 0
+    mark = project.run / "checkpoints/best"
+    mark.write_text("000006\n")  # of a step that no checkpoint holds
+    assert project.relay("train").status == 0
+    assert mark.read_text() == "000002\n"
+    assert checkpoint.best(mark.parent) == mark.parent / "000002"
+
+
+def test_held_out_noise_is_one_for_each_picture_and_sigma_and_always_the_same(
+    encoded: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noises: list[bytes] = []
+
+    def loss(model: object, batch: object, sigma: object, noise: mx.array, guidance: object) -> float:
+        noises.append(np.array(noise).tobytes())
+        return 1.0
+
+    monkeypatch.setattr(validation, "loss_alone", loss)
+    project = encoded(previews=QUIET, validation={"fraction": 0.5, "every": 2}, train={"steps": 2})
+    assert project.relay("train").status == 0
+    pictures = validations(project)[0]["pictures"]
+    before, after = noises[: 5 * pictures], noises[5 * pictures :]
+    assert pictures > 1
+    assert len(set(before)) == 5 * pictures
+    assert before == after

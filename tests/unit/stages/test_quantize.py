@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux2_relay.stages.quantize import dense, pack, product
+from flux2_relay.stages.quantize import dense, pack, packed_bytes, product
 
 
 def matrix(rows: int, columns: int) -> mx.array:
@@ -61,3 +61,13 @@ def test_a_product_is_that_of_the_dense_matrix_in_the_type_of_the_input(bits: in
     assert y.dtype == dtype
     assert y.shape == (2, 3, 6)
     assert mx.array_equal(y, x @ dense(packed, 64, dtype).T)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_packed_weights_take_their_bits_and_the_scales_of_a_bfloat16_base(bits: int) -> None:
+    weight = mx.random.normal((4, 128), key=mx.random.key(0))
+    packed = pack(weight, bits)
+    assert isinstance(packed, tuple)
+    assert 32 * packed[0].shape[-1] == bits * 128
+    assert [part.dtype for part in packed[1:]] == [mx.bfloat16, mx.bfloat16]
+    assert sum(part.nbytes for part in packed) == packed_bytes([weight.shape], bits)

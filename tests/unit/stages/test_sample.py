@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -9,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux2_relay.stages.train import sample
+from flux2_relay.stages.train import previews, sample
+from flux2_relay.stages.train.contexts import Contexts
+from flux2_relay.stages.train.options import PreviewOptions
 from flux2_relay.stages.train.sample import Picture
 from flux2_relay.stages.train.transformer import Transformer
 
@@ -105,3 +108,17 @@ def test_a_seed_is_a_noise() -> None:
     assert first.shape == (2, 3, 4)
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_distilled_model_is_given_no_negative(distilled: bool, tmp_path: Path) -> None:
+    class Shelf:
+        def context(self, key: str) -> mx.array:
+            return mx.array([float(len(key))])
+
+    options = PreviewOptions(prompts=("a dog",))
+    keys = {"text": "four", "negative": "seventy", "references": []}
+    drawn = previews.Previews(options, [keys], cast(Contexts, Shelf()), distilled, tmp_path)
+    picture = drawn._picture(options.pictures()[0], keys)
+    assert picture.context.item() == 4
+    assert (None if picture.negative is None else picture.negative.item()) == (None if distilled else 7)
