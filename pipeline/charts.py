@@ -17,6 +17,8 @@ COLOURS: tuple[Colour, ...] = get_args(Colour)
 MOST_POINTS = 1000
 """Points that a series is thinned to, so that a page of a long run stays small."""
 
+_NEAR_ZERO = 0.5  # of the highest value: from below it a frame begins at zero, so that heights compare by eye
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 40  # room around the frame: tick labels on two sides, half a label on two
 
 
@@ -93,6 +95,8 @@ class _Frame:
         ys = np.concatenate([_without_outliers(s.y) if s.style == "points" else s.y for s in chart.series])
         self.x = chart.x_range or _range(xs, pad=0.0, least=1.0)
         low, high = _range(ys, pad=0.06)
+        if 0 <= float(ys.min()) < _NEAR_ZERO * high:
+            low = 0.0
         if chart.level is not None and chart.level <= 2 * high:  # a level far away would flatten the curve
             high = max(high, 1.06 * chart.level)
         self.y = (0.0, high) if chart.from_zero else (low, high)

@@ -105,6 +105,8 @@ def of_config(config: Config, as_json: bool) -> None:
 
 def of_path(path: str, as_json: bool) -> None:
     """The same for a model by its path or repository id."""
+    if not path.strip():  # else the current folder would be meant
+        raise InputError("--path '': name a folder, a file or a repository")
     _report(folders.find(path), None, as_json)
 
 

@@ -12,7 +12,7 @@ for (const box of document.querySelectorAll(".compare")) {
   const rows = [...new Set(pictures.map(picture => picture.dataset.row))]
     .filter(row => namesIn(row).length > 1);
   if (!rows.length) continue;
-  const [row, left, right] = box.querySelectorAll("select");
+  const [row, left, right] = box.querySelectorAll("select"), said = box.querySelector("q");
   const stage = box.querySelector(".stage"), range = stage.querySelector("input");
   const [under, over] = [new Image(), new Image()], names = stage.querySelectorAll("span");
   stage.prepend(under, over);
@@ -44,6 +44,7 @@ for (const box of document.querySelectorAll(".compare")) {
     image.height = picture.getAttribute("height");
     image.className = picture.className;
     name.textContent = select.value;
+    said.textContent = row.value;
   }
 
   function update() {

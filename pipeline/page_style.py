@@ -82,12 +82,16 @@ table { border-collapse: separate; border-spacing: 0; }
 .none { display: grid; place-items: center; aspect-ratio: 1; border: 1px dashed var(--line); border-radius: .35rem;
   color: var(--soft); font-size: .8rem; text-align: center; padding: .5rem; }
 .compare { margin: 0 0 1rem; padding: .8rem .9rem; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); box-shadow: var(--shade); width: fit-content; max-width: 100%; }
-.compare[hidden] { display: none; } .compare p { display: flex; flex-wrap: wrap; gap: .4rem .9rem; margin: 0 0 .7rem; }
-.compare label { font-size: .8rem; color: var(--soft); min-width: 0; max-width: 100%; }
+  background: var(--card); box-shadow: var(--shade); display: grid; gap: 1.4rem;
+  grid-template-columns: minmax(0, 38rem) minmax(14rem, 1fr); }
+.compare[hidden] { display: none; } .choice { display: grid; gap: .7rem; align-content: start; padding: .3rem .3rem 0 0;
+  grid-template-columns: 1fr 1fr; } .choice label:first-child, .choice q, .choice p { grid-column: span 2; }
+.choice label { font-size: .8rem; color: var(--soft); min-width: 0; } .choice select { display: block; width: 100%; }
+.choice q { font-size: 1.05rem; overflow-wrap: anywhere; white-space: pre-line; max-height: 12em; overflow: auto; }
+.choice .hint { margin: 0; font-size: .8rem; }
 select { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--line);
-  border-radius: .35rem; padding: .2rem .4rem; max-width: min(26rem, 100%); }
-.stage { position: relative; width: min(32rem, 100%); margin: 0 auto; border-radius: .4rem; overflow: hidden;
+  border-radius: .35rem; padding: .2rem .4rem; max-width: 100%; }
+.stage { position: relative; width: 100%; align-self: start; grid-area: 1 / 1; border-radius: .4rem; overflow: hidden;
   --at: 50%; }
 .stage:focus-within { outline: 3px solid var(--a); outline-offset: 2px; }
 .stage img { display: block; width: 100%; height: auto; } .stage img.small { image-rendering: pixelated; }
@@ -138,6 +142,8 @@ img.pick { cursor: pointer; }
 details { margin-top: .75rem; } summary { cursor: pointer; padding: .65rem .9rem; font-size: .92rem; font-weight: 600; }
 details pre { margin: 0; padding: .2rem 1rem 1rem; overflow-x: auto; font-size: .8rem; line-height: 1.5; }
 @media (max-width: 64rem) { figure, figure.tall { grid-column: span 6; } figure.wide { grid-column: span 12; } }
+@media (max-width: 52rem) { .compare { grid-template-columns: minmax(0, 1fr); gap: .8rem; }
+  .stage { grid-area: auto; } }
 @media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem; } figure, figure.tall, figure.wide {
   grid-column: span 12; } figure.wide svg text { font-size: 24px; } figure.wide svg .label { display: none; }
   figure.wide svg .tick.x { transform: translateY(8px); }

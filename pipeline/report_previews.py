@@ -65,8 +65,9 @@ def compare(left: str = "", right: str = "") -> str:
     """
     return f"""<section class="compare" aria-label="Two pictures, one over the other" hidden
 data-left="{escape(left)}" data-right="{escape(right)}">
-<p><label>Prompt <select></select></label> <label>Left <select></select></label>
-<label>Right <select></select></label></p>
+<div class="choice"><label>Prompt <select></select></label> <label>Left <select></select></label>
+<label>Right <select></select></label> <q></q>
+<p class="hint">Drag the line, or press the arrow keys. A click on a picture below brings it here.</p></div>
 <div class="stage"><span></span><span></span>
 <input type="range" min="0" max="100" step="1" value="50" aria-label="Where left ends and right begins"></div>
 </section>"""

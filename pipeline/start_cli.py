@@ -51,7 +51,9 @@ def import_(file: Path, output: Path | None, flags: str | None, model: str | Non
     default="klein-base-4b",
     help="The size of a model with random weights, so that none is needed; without -c.",
 )
-@click.option("--resolution", type=click.IntRange(min=16), metavar="R", help="Pictures of R x R; 512, or the config's.")
+@click.option(
+    "--resolution", type=click.IntRange(16, 8192), metavar="R", help="Pictures of R x R; 512, or the config's."
+)
 @click.option(
     "--bits", type=click.Choice(["auto", "32", "16", "8", "6", "4"]), default="auto", help="Width of weights."
 )

@@ -52,6 +52,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{error.object[error.start]:02x}"
         raise InputError(f"{path}: is not UTF-8 ({byte}); save it as UTF-8") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name a file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 

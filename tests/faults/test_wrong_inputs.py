@@ -185,6 +185,9 @@ CHECKPOINTS = [
     Case("a tensor of another name", E, header("vae", b"encoder.conv_in.weight", b"encoder.conv_on.weight"),
          ("encoder.conv_in.weight is missing",)),
     Case("a shard that is not there", E, missing_shard, ("model-00001-of-00002.safetensors", "not there")),
+    Case("a model without a name", "models --path=", nothing, ("--path", "name a folder")),
+    Case("a folder to import", "import {folder}", nothing, ("is a folder", "name a file")),
+    Case("a picture larger than any", "bench --resolution 100000", nothing, ("--resolution", "8192")),
     Case("no model to list", "models --path {folder}/none", nothing, ("none", "no folder and no file")),
 ]  # fmt: skip
 ALL = [*CONFIGS, *DATA, *CHECKPOINTS]
