@@ -360,7 +360,7 @@ def test_held_out_noise_is_one_for_each_picture_and_sigma_and_always_the_same(
         return 1.0
 
     monkeypatch.setattr(validation, "loss_alone", loss)
-    project = encoded(previews=QUIET, validation={"fraction": 0.5, "every": 2}, train={"steps": 2})
+    project = encoded(previews=QUIET, validation={"fraction": 0.3, "every": 2}, train={"steps": 2})
     assert project.relay("train").status == 0
     pictures = validations(project)[0]["pictures"]
     before, after = noises[: 5 * pictures], noises[5 * pictures :]
