@@ -188,18 +188,20 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_old_ones_go(
 
     def noted(what: str, real):
         def wrapped(path, *arguments, **named):
-            did.append((what, Path(path).name if Path(path).parent == tmp_path else "the folder"))
+            did.append((what, "the folder" if Path(path) == tmp_path else Path(path).name))
             return real(path, *arguments, **named)
 
         return wrapped
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.durable, "sync_folder", noted("sync", checkpoint.durable.sync_folder))
+        patch.setattr(checkpoint.durable, "write_and_sync", noted("write", checkpoint.durable.write_and_sync))
         patch.setattr(checkpoint.os, "rename", noted("rename", checkpoint.os.rename))
         patch.setattr(checkpoint.shutil, "rmtree", noted("remove", checkpoint.shutil.rmtree))
         checkpoint.save(tmp_path, at(2), keep=1)
     aside = next(name for what, name in did if what == "rename")
-    assert did[-4:] == [("sync", aside), ("rename", aside), ("sync", "the folder"), ("remove", "000001")]
+    end = [("sync", aside), ("rename", aside), ("sync", "the folder"), ("remove", "000001")]
+    assert did[-5:] == [("write", checkpoint.SUMS), *end]
 
 
 def test_a_failing_disk_leaves_the_one_before_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
