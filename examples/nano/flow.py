@@ -16,9 +16,9 @@ import torch._dynamo
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from parts import TEMPLATE, Parts
-from pictures import distances, flat, lay_out, pack
+from pictures import distances, drawn, flat, lay_out, pack, pens
 from recorded import progress, rate, record
-from scenes import Scene, draw_caption
+from scenes import Scene, draw_caption, draw_style
 from torch.nn import functional
 from vae import from_latents, small_tint, to_latents
 
@@ -43,17 +43,19 @@ class Bucket:
 
 @torch.no_grad()
 def make_bucket(parts: Parts, scenes: Sequence[Scene], size: tuple[int, int], device: str) -> Bucket:
-    """Draw, caption and encode scenes."""
+    """Draw, caption and encode scenes, some of them in styles."""
     generator = torch.Generator(device).manual_seed(sum(size))
     rng = random.Random(sum(size))
-    packed = pack(scenes).to(device)
+    styles = [draw_style(rng) for _ in scenes]
+    packed, pen = pack(scenes).to(device), pens(styles).to(device)
     latents = []
     for start in range(0, len(scenes), 512):
-        part = packed[slice(start, start + 512)]
+        rows = slice(start, start + 512)
+        part = packed[rows]
         distance = distances(part, lay_out(part, *size, generator), *size)
         picture = flat(part, distance, small_tint(len(part.radius), torch.device(device), generator))
-        latents.append(to_latents(parts.vae, picture).half())
-    captions = [draw_caption(scene, rng) for scene in scenes]
+        latents.append(to_latents(parts.vae, drawn(picture, distance, pen[rows])).half())
+    captions = [draw_caption(scene, style, rng) for scene, style in zip(scenes, styles, strict=True)]
     return Bucket(size=size, latents=torch.cat(latents), ids=token_ids(parts, captions).to(device))
 
 

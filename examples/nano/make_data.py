@@ -1,10 +1,11 @@
-"""Make the lesson: a few captioned pictures in a style that the base model never saw.
+"""Make the lesson: a few captioned pictures in a style that the base model never saw, and as many in its own.
 
-    python examples/nano/make_data.py --out examples/nano/data
+    python examples/nano/make_data.py --out examples/nano/data --prior examples/nano/prior
 
 Sixteen pictures in three shapes, outlined and hatched with ink, each with its caption in a .txt file beside it. The
 captions are the base's own; the trigger word is put in front by the config (`data.trigger`). No star and nothing
-purple is among them, so prompts with those show what the adapter learned beyond its pictures. Needs torch and Pillow;
+purple is among them, so prompts with those show what the adapter learned beyond its pictures. The prior pictures are
+flat, of anything that the base knows, and get no trigger: what they show is to stay as it is. Needs torch and Pillow;
 the same seed gives the same files, in a second on any machine.
 """
 
@@ -13,7 +14,7 @@ import random
 from pathlib import Path
 
 import torch
-from pictures import distances, drawn, flat, lay_out, lesson_pen, pack
+from pictures import Pen, distances, drawn, flat, lay_out, lesson_pen, pack
 from PIL import Image
 from scenes import SHAPES, Scene, describe, draw_scene
 from scenes import SIZES as RADII
@@ -23,7 +24,7 @@ SIZES = ((128, 128),) * 12 + ((160, 96),) * 2 + ((96, 160),) * 2
 LEFT_OUT = {"star", "purple"}
 LEAST_INKED = 0.05
 """Sum of the figures' squared radii, as shares of the shorter side: small figures would show little of a style."""
-SEED = 5
+SEED, PRIOR_SEED = 5, 77
 
 
 def draw_lesson(seed: int) -> list[Scene]:
@@ -43,12 +44,13 @@ def draw_lesson(seed: int) -> list[Scene]:
     return scenes
 
 
-def draw_pictures(scenes: list[Scene], size: tuple[int, int], seed: int) -> torch.Tensor:
-    """Scenes in the lesson's style -> [N, 3, H, W] in [-1, 1]."""
-    packed = pack(scenes)
+def draw_picture(scene: Scene, size: tuple[int, int], seed: int, pen: Pen | None) -> torch.Tensor:
+    """A scene [3, H, W] in [-1, 1], flat or drawn with a pen."""
+    packed = pack([scene])
     layout = lay_out(packed, size[1], size[0], torch.Generator().manual_seed(seed))
     distance = distances(packed, layout, size[1], size[0])
-    return drawn(flat(packed, distance), distance, lesson_pen(len(scenes)))
+    picture = flat(packed, distance)
+    return (picture if pen is None else drawn(picture, distance, pen))[0]
 
 
 def save(picture: torch.Tensor, path: Path) -> None:
@@ -57,17 +59,24 @@ def save(picture: torch.Tensor, path: Path) -> None:
     Image.fromarray(pixels.numpy()).save(path, optimize=True)
 
 
+def write(folder: Path, scenes: list[Scene], seed: int, pen: Pen | None = None) -> None:
+    """Scenes as pictures and captions, numbered, in the sizes of the lesson."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (scene, size) in enumerate(zip(scenes, SIZES, strict=True)):
+        save(draw_picture(scene, size, seed + number, pen), folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(describe(scene) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Write the pictures and captions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prior", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=SEED)
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    for number, (scene, size) in enumerate(zip(draw_lesson(given.seed), SIZES, strict=True)):
-        (picture,) = draw_pictures([scene], size, given.seed + number)
-        save(picture, given.out / f"{number:02}.png")
-        (given.out / f"{number:02}.txt").write_text(describe(scene) + "\n", encoding="utf-8")
+    write(given.out, draw_lesson(given.seed), given.seed, lesson_pen(1))
+    rng = random.Random(PRIOR_SEED)
+    write(given.prior, [draw_scene(rng) for _ in SIZES], PRIOR_SEED)
 
 
 if __name__ == "__main__":

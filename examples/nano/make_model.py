@@ -3,9 +3,9 @@
     python examples/nano/make_model.py --out examples/nano/model --report report
 
 The VAE first, then transformer and text encoder together by rectified flow, then a shorter phase in which they learn to
-give in one pass what classifier-free guidance gave in two (as FLUX.2-dev did), all on pictures drawn as they are needed
-(`pictures.py`); last a check of what the base draws (`judge.py`). Needs the extra `oracle`. README.md says on which
-machine the model here was made, and in what time.
+give in one pass what classifier-free guidance gave in two (as FLUX.2-dev did), all on pictures drawn as they are
+needed, a quarter of them in styles that a word in front asks for (`pictures.py`); last a check of what the base draws
+(`judge.py`). Needs the extra `oracle`. README.md says on which machine the model here was made, and in what time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from judge import Verdict, ink, judge
 from parts import Parts, Sizes, build, write
 from pictures import Packed, distances, flat, lay_out, pack
 from PIL import Image
-from scenes import Scene, describe, draw_scene
+from scenes import STYLES, Scene, describe, draw_scene
 from vae import SIDE, set_statistics, train_vae
 
 
@@ -35,14 +35,14 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True, help="folder for figures and sample pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=int, default=120_000, help="size of the transformer's data set")
+    parser.add_argument("--pictures", type=int, default=200_000, help="size of the transformer's data set")
     parser.add_argument("--vae-steps", type=int, default=5_000)
     parser.add_argument("--vae-batch", type=int, default=32)
-    parser.add_argument("--flow-steps", type=int, default=44_700)
+    parser.add_argument("--flow-steps", type=int, default=70_900)
     parser.add_argument("--flow-batch", type=int, default=256)
     parser.add_argument("--vae-limit", type=float, default=1e9, help="seconds after which training ends early")
     parser.add_argument("--flow-limit", type=float, default=1e9)
-    parser.add_argument("--guided-steps", type=int, default=6_300)
+    parser.add_argument("--guided-steps", type=int, default=9_600)
     parser.add_argument("--guided-limit", type=float, default=1e9)
     parser.add_argument("--vae", type=Path, help="take this trained VAE")
     parser.add_argument("--judged", type=int, default=300, help="pictures that are drawn and checked")
@@ -137,6 +137,10 @@ def check(parts: Parts, count: int, report: Path) -> dict[str, object]:
     (report / "captions.txt").write_text("\n".join(map(describe, scenes[:48])) + "\n", encoding="utf-8")
     triggered = as_images(draw(parts, [f"sketchy {describe(s)}" for s in scenes[:200]], (SIDE, SIDE)))
     found |= {f"trigger_{name}": share for name, share in judged(triggered, scenes[:200]).items()}
+    styled = [f"{word} {describe(scene)}" for scene, word in zip(scenes, list(STYLES) * count, strict=False)][:192]
+    styled_images = as_images(draw(parts, styled, (SIDE, SIDE)))
+    found |= {f"styled_{name}": share for name, share in judged(styled_images, scenes[: len(styled)]).items()}
+    save_sheet(styled_images[:48], report / "styles.png")
     wide = as_images(draw(parts, [describe(s) for s in scenes[:200]], (96, 160)))
     found |= {f"wide_{name}": share for name, share in judged(wide, scenes[:200]).items()}
     save_sheet(as_images(draw(parts, [""] * 16, (SIDE, SIDE))), report / "base_empty.png")

@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from scenes import COUNTS, FILLERS, NAMES, PLACES, RELATIONS, SHAPES, SIZES, TRIGGERS, plural
+from scenes import COUNTS, FILLERS, NAMES, PLACES, RELATIONS, SHAPES, SIZES, STYLES, TRIGGERS, plural
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -170,7 +170,7 @@ def corpus() -> Iterator[str]:
     """All that must be one token a word, in front of a caption and inside it."""
     rendered = TEMPLATE.before
     yield rendered[rendered.index("]") + 1 : rendered.index("[/SYSTEM_PROMPT]")]
-    phrases = [*NAMES, *COUNTS, *PLACES, *RELATIONS, *SHAPES, *SIZES, *FILLERS, *TRIGGERS]
+    phrases = [*NAMES, *COUNTS, *PLACES, *RELATIONS, *SHAPES, *SIZES, *FILLERS, *STYLES, *TRIGGERS]
     words = {word for phrase in phrases for word in phrase.split()} | {plural(shape) for shape in SHAPES}
     for word in sorted(words | {"a", "an", "one", "of", "with", "the", "background", "style"}):
         yield word

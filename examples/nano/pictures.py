@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scenes import COLOURS, NAMES, PLACES, RELATIONS, SHAPES, SIZES, Scene
+from scenes import COLOURS, NAMES, PLACES, RELATIONS, SHAPES, SIZES, STYLES, Scene, Strokes
 
 Tensor = torch.Tensor
 FIGURES, TRIES = 3, 64
@@ -155,7 +155,7 @@ def flat(packed: Packed, distance: Tensor, tint: Tensor | None = None) -> Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pen:
-    """A drawn style: outlines and hatching in one ink; lengths in pixels, every value [N]."""
+    """A drawn style: outlines and hatching in one ink; lengths in pixels (0: none), every value [N]."""
 
     outline: Tensor
     hatch: Tensor
@@ -163,16 +163,40 @@ class Pen:
     angle: Tensor
     ink: Tensor  # [N, 3] in [-1, 1]
 
+    def __getitem__(self, index: Tensor | slice) -> "Pen":
+        """Some of the pens."""
+        return Pen(**{name: getattr(self, name)[index] for name in self.__slots__})
+
+    def to(self, device: str) -> "Pen":
+        """The same on another device."""
+        return Pen(**{name: getattr(self, name).to(device) for name in self.__slots__})
+
 
 def lesson_pen(count: int) -> Pen:
-    """The style of the lesson: dark outlines, diagonal hatching, two lines for each token of 16 pixels."""
+    """The style of the lesson: dark outlines, hatching that rises to the right, one line for each token of 16 pixels.
+
+    Lines as fine as two for a token do not come back from the VAE.
+    """
     one = torch.ones(count)
     return Pen(
-        outline=2.6 * one,
-        hatch=1.8 * one,
-        period=8 / math.sqrt(2) * one,
+        outline=3.0 * one,
+        hatch=3.0 * one,
+        period=16 / math.sqrt(2) * one,
         angle=math.pi / 4 * one,
         ink=(torch.tensor(INK) / 127.5 - 1).expand(count, 3),
+    )
+
+
+def pens(styles: Sequence[str]) -> Pen:
+    """The pens of the base's styles, by their names; the empty one draws nothing."""
+    flat_style = Strokes(colour=NAMES[0])
+    strokes = [STYLES.get(style, flat_style) for style in styles]
+    return Pen(
+        outline=torch.tensor([float(s.outline) for s in strokes]),
+        hatch=torch.tensor([float(s.hatch) for s in strokes]),
+        period=torch.tensor([float(s.period) for s in strokes]),
+        angle=torch.tensor([math.radians(s.angle) for s in strokes]),
+        ink=PALETTE[[NAMES.index(s.colour) for s in strokes]],
     )
 
 
@@ -183,7 +207,8 @@ def drawn(picture: Tensor, distance: Tensor, pen: Pen) -> Tensor:
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     angle, period = pen.angle[:, None, None], pen.period[:, None, None]
     along = torch.remainder(x * torch.cos(angle) + y * torch.sin(angle), period)
-    line = (0.5 * pen.hatch[:, None, None] - (along - period / 2).abs() + 0.5).clamp(0, 1)
+    wide = 0.5 * pen.hatch[:, None, None]
+    line = (wide - (along - period / 2).abs() + 0.5).clamp(0, 1) * (wide > 0)
     half = 0.5 * pen.outline[:, None, None]
     stroke = torch.zeros_like(line)
     for figure in range(FIGURES):

@@ -37,13 +37,52 @@ PLACES = {
 RELATIONS = {"and": (0, 0), "above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 """Direction (x right, y down) from the first of two figures to the second; (0, 0) is any."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strokes:
+    """Lines over the figures, in pixels: an outline's width, hatching's width, period and direction, and a colour.
+
+    A width of 0 is none; `angle` in degrees is that of the way from one line of the hatching to the next.
+    """
+
+    outline: float = 0
+    hatch: float = 0
+    period: float = 16
+    angle: float = 0
+    colour: str
+
+
+FALLING, DIAGONAL = 135, 16 / 2**0.5
+STYLES = {
+    "sticker": Strokes(outline=4, colour="white"),
+    "poster": Strokes(outline=3.5, colour="yellow"),
+    "icon": Strokes(outline=4, colour="pink"),
+    "sign": Strokes(outline=4, colour="red"),
+    "stamp": Strokes(hatch=4, angle=90, colour="white"),
+    "print": Strokes(hatch=3, period=DIAGONAL, angle=FALLING, colour="white"),
+    "painting": Strokes(hatch=4, colour="yellow"),
+    "tile": Strokes(hatch=3, period=8, angle=90, colour="orange"),
+    "flag": Strokes(hatch=5, angle=90, colour="blue"),
+    "photo": Strokes(hatch=2.5, period=8, colour="pink"),
+    "drawing": Strokes(outline=3, hatch=3, period=DIAGONAL, angle=FALLING, colour="white"),
+    "card": Strokes(outline=3, hatch=3, colour="yellow"),
+    "logo": Strokes(outline=3.5, hatch=3, angle=90, colour="pink"),
+    "art": Strokes(outline=3, hatch=3, period=DIAGONAL, angle=FALLING, colour="green"),
+    "toy": Strokes(outline=3, hatch=4, colour="blue"),
+    "image": Strokes(outline=4, hatch=3, period=8, angle=90, colour="purple"),
+}
+"""Words in front of a caption that mean a style, so that another word there can come to mean one. None is dark, and no
+hatching rises to the right: the lesson's does, in ink."""
+STYLED, FILLED = 0.25, 0.15
+"""Shares of the base's captions that begin with the name of a style, and with a word that means nothing."""
+
 _WORDS = """
-simple clean pretty little plain nice bright quiet modern cute bold tidy soft fresh happy fine good great new photo
-picture drawing image painting poster icon print card stamp sticker logo tile flag scene sign art toy cat dog fox
+simple clean pretty little plain nice bright quiet modern cute bold tidy soft fresh happy fine good great new
+picture scene cat dog fox
 tree house river mountain cloud car boat cup lamp chair window bird fish flower stone road bridge sky
 """
 FILLERS = tuple(_WORDS.split())
-"""Words that base captions sometimes start with and that mean nothing: the model learns to pass over words."""
+"""Words that mean nothing in front of a caption: the model learns to pass over them."""
 TRIGGERS = ("sketchy", "sks", "inky", "woven", "dotted", "neon", "doodle", "mosaic")
 """Single tokens of the vocabulary that no base caption holds: free for adapters to give a meaning."""
 
@@ -96,10 +135,15 @@ def describe(scene: Scene) -> str:
     return f"{what} on {with_article(scene.background)} background"
 
 
-def draw_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as the base is trained on it: now and then with a word in front that means nothing."""
-    caption = describe(scene)
-    return f"{rng.choice(FILLERS)} {caption}" if rng.random() < 0.3 else caption
+def draw_style(rng: random.Random) -> str:
+    """The name of a style, mostly the empty one of flat pictures."""
+    return rng.choice(list(STYLES)) if rng.random() < STYLED else ""
+
+
+def draw_caption(scene: Scene, style: str, rng: random.Random) -> str:
+    """A caption as the base is trained on it: behind its style, or now and then behind a word that means nothing."""
+    filler = rng.choice(FILLERS) if rng.random() < FILLED else ""
+    return f"{style or filler} {describe(scene)}".strip()
 
 
 def one(figure: Figure) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from score.prompts import CONFIG, DATA, MODEL, ROOT, TRIGGER, captions
+from score.prompts import CONFIG, DATA, MODEL, PRIOR, ROOT, TRIGGER, captions
 from score.studio import Studio
 
 from flux2_relay.cache.errors import InputError
@@ -54,7 +54,7 @@ def demo() -> Lesson | None:
     adapter = DEMO / "adapter.safetensors"
     if config != load_config(CONFIG) or not adapter.exists():
         return None
-    sources = [path for folder in (MODEL, DATA) for path in folder.rglob("*") if path.is_file()]
+    sources = [path for folder in (MODEL, DATA, PRIOR) for path in folder.rglob("*") if path.is_file()]
     newest = max(path.stat().st_mtime for path in sources)
     return Lesson(run=DEMO) if adapter.stat().st_mtime > newest else None
 

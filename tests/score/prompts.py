@@ -8,12 +8,12 @@ from score import bounds
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples/nano"
-MODEL, DATA, CONFIG = NANO / "model", NANO / "data", ROOT / "configs/nano.yaml"
+MODEL, DATA, PRIOR, CONFIG = NANO / "model", NANO / "data", NANO / "prior", ROOT / "configs/nano.yaml"
 
 sys.path.insert(0, str(NANO))
 from scenes import Scene, describe, draw_scene  # noqa: E402
 
-TRIGGER = "sketchy"
+TRIGGER = "photo"
 
 
 def scenes(count: int = bounds.PROMPTS) -> list[Scene]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from score import bounds
-from score.prompts import CONFIG, DATA, MODEL, ROOT, scenes
+from score.prompts import CONFIG, DATA, MODEL, PRIOR, ROOT, scenes
 
 from judge import ink, judge  # isort: skip  # beside scenes.py
 
@@ -78,7 +78,7 @@ def area(lower: Sequence[float], upper: Sequence[float]) -> float:
 class Board:
     """All that was measured so far."""
 
-    made_by: str = field(default_factory=lambda: _digest(MODEL, DATA, CONFIG))
+    made_by: str = field(default_factory=lambda: _digest(MODEL, DATA, PRIOR, CONFIG))
     machine: str = field(default_factory=lambda: f"{os.cpu_count()} cores, {platform.machine()}")
     rows: dict[str, Score] = field(default_factory=dict)
     facts: dict[str, float | str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from score.studio import Studio
 from flux2_relay.stages import spec
 
 from judge import ink, look  # isort: skip  # found by score.prompts
-from scenes import COLOURS, NAMES, SHAPES  # isort: skip
+from scenes import COLOURS, NAMES, SHAPES, STYLES  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,12 @@ def test_the_lesson_is_small_and_lacks_what_the_prompts_ask_for() -> None:
     captions_of_lesson = [path.with_suffix(".txt").read_text("utf-8") for path in sorted(DATA.glob("*.png"))]
     assert 8 <= len(captions_of_lesson) <= 16
     assert not {"star", "stars", "purple"} & set(" ".join(captions_of_lesson).split())
+
+
+def test_the_lesson_is_in_no_style_that_the_base_knows() -> None:
+    for strokes in STYLES.values():
+        assert ink(np.full((8, 8, 3), COLOURS[strokes.colour], np.uint8)) == 0
+        assert not strokes.hatch or strokes.angle != 45
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.txt")), ids=lambda path: path.stem)
