@@ -4,20 +4,31 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny.project import Project
 
 
-def scalars(file: Path) -> Iterator[tuple[int, str, float]]:
-    """Step, tag and value of every number in an event file."""
+def events(file: Path) -> Iterator[Any]:
+    """Every record of an event file."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     data, at = file.read_bytes(), 0
     while at < len(data):  # length, its checksum, the record, its checksum
         (length,) = struct.unpack_from("<Q", data, at)
-        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+        yield event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
         at += 12 + length + 4
+
+
+def scalars(file: Path) -> Iterator[tuple[int, str, float]]:
+    """Step, tag and value of every number in an event file."""
+    for event in events(file):
+        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+
+
+def starts(file: Path) -> list[int]:
+    """The steps at which a session began: TensorBoard drops what it knows from there on."""
+    return [event.step for event in events(file) if event.HasField("session_log")]
 
 
 def files(project: Project) -> list[Path]:
@@ -52,6 +63,7 @@ def test_a_resumed_run_begins_a_file_behind_its_checkpoint(encoded: Callable[...
     assert project.relay("train").status == 0
     (second,) = (file for file in files(project) if file.name != "first")
     assert {step for step, tag, _ in scalars(second) if tag == "loss"} == {2}
+    assert starts(second) == [2]
 
 
 def test_none_are_written_unasked(encoded: Callable[..., Project]) -> None:
